@@ -1,0 +1,100 @@
+"""Writing files so that a kill, a full disk or Ctrl-C never leaves half of one behind.
+
+Everything is written beside its target, flushed to the disk, and renamed: a reader sees the old content or the
+new content, never a mixture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from collegium.errors import StorageError
+
+__all__ = ["atomic_dir", "atomic_file", "sync_dir"]
+
+PARTIAL = ".partial-"
+"""Prefix of unfinished neighbours; readers ignore such names and the next writer removes stale ones."""
+
+
+def sync_dir(path: Path) -> None:
+    """Flush a directory entry, so that a rename survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_storage_error(error: Exception) -> bool:
+    # safetensors raises its own type with the operating system's error only in the text
+    return isinstance(error, OSError) or (type(error).__name__ == "SafetensorError" and "os error" in str(error))
+
+
+def _storage_error(target: Path, error: Exception) -> StorageError:
+    reason = getattr(error, "strerror", None) or error
+    return StorageError(f"could not write {target}: {reason}; what was there before is untouched")
+
+
+@contextlib.contextmanager
+def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a path beside `target` to write to; on success it is synced and renamed over `target`.
+
+    Raises:
+        StorageError: the file could not be written (disk full, no permission). `target` keeps its old content.
+    """
+    target = Path(target)
+    partial = target.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}-{target.name}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with open(partial, "rb+") as handle:
+            os.fsync(handle.fileno())
+        partial.replace(target)
+        sync_dir(target.parent)
+    except Exception as error:
+        if isinstance(error, StorageError) or not _is_storage_error(error):
+            raise
+        raise _storage_error(target, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_dir(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty folder beside `target` to fill; on success it takes `target`'s place as a whole.
+
+    Raises:
+        StorageError: something in it could not be written. `target` keeps its old content.
+    """
+    target = Path(target)
+    tag = uuid.uuid4().hex[:8]
+    partial = target.with_name(f"{PARTIAL}{tag}-{target.name}")
+    retired = target.with_name(f"{PARTIAL}{tag}-old-{target.name}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for file in sorted(partial.rglob("*")):
+            if file.is_file():
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
+        if target.exists():
+            target.rename(retired)
+        try:
+            partial.rename(target)
+        except OSError:
+            if retired.exists():
+                retired.rename(target)
+            raise
+        sync_dir(target.parent)
+    except Exception as error:
+        if isinstance(error, StorageError) or not _is_storage_error(error):
+            raise
+        raise _storage_error(target, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
