@@ -13,8 +13,8 @@ views cost nothing. Three tensors are kept apart, because methods differ in whic
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -85,7 +85,6 @@ class Routing:
     kept: Tensor | None = None
     num_true: int | None = None
     valid: Tensor | None = None
-    _cache: dict[str, Dispatch] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.expert.dim() != 1 or self.expert.shape != self.weight.shape:
@@ -93,9 +92,13 @@ class Routing:
                 f"expert {tuple(self.expert.shape)} and weight {tuple(self.weight.shape)} must be [A] and alike"
             )
         if self.slots is not None and self.expert.numel() != self.num_tokens * self.slots:
-            raise ConfigError(f"{self.expert.numel()} assignments are not {self.num_tokens} tokens x {self.slots} slots")
+            raise ConfigError(
+                f"{self.expert.numel()} assignments are not {self.num_tokens} tokens x {self.slots} slots"
+            )
         if self.slots is None and (self.ragged_token is None or self.ragged_token.shape != self.expert.shape):
             raise ConfigError("a ragged routing needs ragged_token [A], one token id per assignment")
+        if self.valid is not None and self.valid.shape != (self.num_tokens,):
+            raise ConfigError(f"valid must be [{self.num_tokens}], one flag per token, got {tuple(self.valid.shape)}")
 
     @classmethod
     def from_topk(
@@ -104,20 +107,26 @@ class Routing:
         weight: Tensor,
         num_experts: int,
         *,
+        full: bool = False,
         logits: Tensor | None = None,
         probs: Tensor | None = None,
         selection: Tensor | None = None,
         valid: Tensor | None = None,
     ) -> Routing:
-        """From transformers' ``[T, K]`` index and weights, where the sentinel ``num_experts`` marks an unused slot."""
+        """From transformers' ``[T, K]`` index and weights, where the sentinel ``num_experts`` marks an unused slot.
+
+        `full` is the caller's word that there is no sentinel; it saves a look at the data, on a GPU a wait.
+        """
         T, K = index.shape
-        kept = {"logits": logits, "probs": probs, "selection": selection, "valid": valid}
         index, weight = index.long(), weight.reshape(T, K)
-        used = index < num_experts
-        if bool(used.all()):
-            return cls(index.reshape(-1), weight.reshape(-1), T, num_experts, slots=K, **kept)
+        record = partial(
+            cls, num_tokens=T, num_experts=num_experts, logits=logits, probs=probs, selection=selection, valid=valid
+        )
+        used = None if full else index < num_experts
+        if used is None or bool(used.all()):
+            return record(expert=index.reshape(-1), weight=weight.reshape(-1), slots=K)
         token = torch.arange(T, device=index.device)[:, None].expand(T, K)
-        return cls(index[used], weight[used], T, num_experts, ragged_token=token[used], **kept)
+        return record(expert=index[used], weight=weight[used], ragged_token=token[used])
 
     def to_topk(self, slots: int | None = None) -> tuple[Tensor, Tensor]:
         """``([T, K] index, [T, K] weight)`` with sentinel ``num_experts`` and weight 0 in unused slots.
@@ -167,17 +176,21 @@ class Routing:
 
     def dispatch(self) -> Dispatch:
         """Assignments sorted by expert; dropped ones are left out. Computed once per record."""
-        if "dispatch" not in self._cache:
-            expert = self.expert.detach()
-            alive = None if self.kept is None else self.kept.nonzero().squeeze(1)
-            if alive is not None:
-                expert = expert[alive]
-            order = torch.argsort(expert, stable=True)
-            counts = torch.bincount(expert, minlength=self.num_experts)
-            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-            order = order if alive is None else alive[order]
-            self._cache["dispatch"] = Dispatch(order, self.token[order], offsets)
-        return self._cache["dispatch"]
+        return self._dispatch
+
+    @cached_property
+    def _dispatch(self) -> Dispatch:
+        expert = self.expert.detach()
+        alive = None if self.kept is None else self.kept.nonzero().squeeze(1)
+        if alive is not None:
+            expert = expert[alive]
+        # A 16-bit key sorts several times faster than a 64-bit one.
+        key = expert.to(torch.int16) if self.num_experts <= 2**15 else expert
+        order = torch.argsort(key, stable=True)
+        counts = torch.bincount(expert, minlength=self.num_experts)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        order = order if alive is None else alive[order]
+        return Dispatch(order, self.token[order], offsets)
 
     def counts(self, which: Literal["assigned", "kept", "true"] = "assigned") -> Tensor:
         """``[E]`` int64 assignments per expert, padding tokens left out.
@@ -196,8 +209,14 @@ class Routing:
     def with_assignments(self, index: Tensor, weight: Tensor) -> Routing:
         """The same record (logits, probabilities, ...) with other ``[T, K]`` choices; for taps that intervene."""
         fresh = Routing.from_topk(index, weight, self.num_experts)
-        return replace(self, expert=fresh.expert, weight=fresh.weight, slots=fresh.slots,
-                       ragged_token=fresh.ragged_token, kept=None, _cache={})  # fmt: skip
+        return replace(
+            self,
+            expert=fresh.expert,
+            weight=fresh.weight,
+            slots=fresh.slots,
+            ragged_token=fresh.ragged_token,
+            kept=None,
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,153 @@
+"""The small parts a router is a chain of: score -> transforms -> selection -> weigh.
+
+Legend: T tokens, E experts, K slots per token, d model width.
+
+A part is a frozen dataclass whose fields are its settings. It owns no tensors, draws no global random numbers and
+changes nothing in place, so that recomputation replays it. Three tensors travel apart in `Scores`; a part changes
+only the one that its paper changes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from collegium.errors import ConfigError
+from collegium.routing.record import RoutingContext
+
+__all__ = ["Part", "Score", "Scores", "Selection", "Transform", "Weigh", "check_parts"]
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What travels along the chain; float32 throughout.
+
+    Attributes:
+        logits: ``[T, E]`` router logits, differentiable.
+        probs: ``[T, E]`` probabilities for losses, metrics and combine weights, differentiable, non-negative.
+        selection: ``[T, E]`` what the selection looks at; no gradient. -inf forbids an expert.
+        correction_bias: ``[E]`` the router's ``e_score_correction_bias``, or None if it has none.
+    """
+
+    logits: Tensor
+    probs: Tensor
+    selection: Tensor
+    correction_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Base of all parts. What a part needs and allows is declared on its class.
+
+    Attributes:
+        causal: a token's routing does not depend on later tokens.
+        batch_invariant: a token's routing does not depend on the other tokens of the batch (at inference).
+        train_only: has no meaning at inference.
+        needs_attention, needs_documents, needs_previous_layer: which part of `RoutingContext` it cannot do without.
+        needs_correction_bias: the router must own an ``e_score_correction_bias``.
+    """
+
+    causal: ClassVar[bool] = True
+    batch_invariant: ClassVar[bool] = True
+    train_only: ClassVar[bool] = False
+    needs_attention: ClassVar[bool] = False
+    needs_documents: ClassVar[bool] = False
+    needs_previous_layer: ClassVar[bool] = False
+    needs_correction_bias: ClassVar[bool] = False
+
+    def check(self, num_experts: int, top_k: int, parts: tuple[Part, ...]) -> None:
+        """Refuse settings that cannot work for this many experts and slots, or beside these other parts.
+
+        Raises:
+            ConfigError: the settings and the numbers that do not fit.
+        """
+
+    def check_context(self, context: RoutingContext) -> None:
+        """Refuse a context that lacks what this part declared it needs.
+
+        Raises:
+            ConfigError: names the part and the field of `RoutingContext`.
+        """
+        needs = {
+            "mix": self.needs_attention,
+            "document": self.needs_documents,
+            "previous": self.needs_previous_layer,
+        }
+        for name, needed in needs.items():
+            if needed and getattr(context, name) is None:
+                raise ConfigError(f"{type(self).__name__} needs RoutingContext.{name}, which is None")
+
+
+class Score(Part, ABC):
+    """Logits -> probabilities."""
+
+    @abstractmethod
+    def __call__(self, logits: Tensor) -> Tensor:
+        """``[T, E]`` float32 logits -> ``[T, E]`` non-negative probabilities, differentiable."""
+
+
+class Transform(Part, ABC):
+    """Changes one or more of logits, probabilities and selection scores."""
+
+    @abstractmethod
+    def __call__(self, scores: Scores, context: RoutingContext) -> Scores:
+        """A new `Scores`, made with ``dataclasses.replace``."""
+
+
+class Selection(Part, ABC):
+    """Selection scores -> the experts of each token.
+
+    Attributes:
+        fixed: every token gets exactly `top_k` experts. Otherwise the index may hold the sentinel E for unused slots
+            and may be of any width.
+    """
+
+    fixed: ClassVar[bool] = True
+
+    @abstractmethod
+    def __call__(self, scores: Scores, top_k: int, context: RoutingContext) -> Tensor:
+        """``[T, K]`` int64 expert ids, none twice for a token, first choice first. Called without gradient."""
+
+    def check(self, num_experts: int, top_k: int, parts: tuple[Part, ...]) -> None:
+        if not 1 <= top_k <= num_experts:
+            raise ConfigError(
+                f"top_k is {top_k} but the layer has {num_experts} experts; it must be 1 to {num_experts}"
+            )
+
+
+class Weigh(Part, ABC):
+    """The combine weight of each chosen expert."""
+
+    @abstractmethod
+    def __call__(self, scores: Scores, index: Tensor, context: RoutingContext) -> Tensor:
+        """``[T, K]`` expert ids -> ``[T, K]`` float32 weights, differentiable with respect to the logits.
+
+        For a selection that is not `fixed`, `scores` has one more column, that of the sentinel: probability 0,
+        logit -inf.
+        """
+
+
+def check_parts(parts: Iterable[Part], *, inference: bool = False, causal_decoding: bool = False) -> None:
+    """Refuse parts that cannot serve the purpose a router is about to be used for.
+
+    Args:
+        parts: for example ``router.parts``.
+        inference: the router will run outside training.
+        causal_decoding: the model generates left to right, one token at a time.
+
+    Raises:
+        ConfigError: names every part in the way and says why.
+    """
+    wrong = []
+    for part in parts:
+        name = type(part).__name__
+        if inference and part.train_only:
+            wrong.append(f"{name} acts in training only and has no meaning at inference")
+        if causal_decoding and not part.causal:
+            wrong.append(f"{name} lets a token's routing depend on later tokens, which causal decoding has not seen")
+    if wrong:
+        raise ConfigError("; ".join(wrong) + "; configure the router without")

@@ -1,0 +1,21 @@
+"""One sigmoid per expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from collegium.catalog import method
+from collegium.routing.parts import Score
+
+__all__ = ["Sigmoid"]
+
+
+@method("sigmoid", kind="score", paper="DeepSeek-V3 (2024)", arxiv="2412.19437")
+@dataclass(frozen=True)
+class Sigmoid(Score):
+    """``p_e = sigmoid(z_e)``: experts do not compete, and a token's probabilities do not sum to 1."""
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid()

@@ -1,0 +1,22 @@
+"""The K best experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from collegium.catalog import method
+from collegium.routing.parts import Scores, Selection
+from collegium.routing.record import RoutingContext
+
+__all__ = ["TopK"]
+
+
+@method("topk", kind="selection", paper="Sparsely-Gated Mixture-of-Experts (2017)", arxiv="1701.06538")
+@dataclass(frozen=True)
+class TopK(Selection):
+    """The `top_k` experts of highest selection score, best first."""
+
+    def __call__(self, scores: Scores, top_k: int, context: RoutingContext) -> Tensor:
+        return scores.selection.topk(top_k, dim=-1).indices

@@ -1,0 +1,70 @@
+"""Selection limited to the experts of a few groups (of a few devices)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from collegium.catalog import method
+from collegium.errors import ConfigError
+from collegium.routing.parts import Part, Scores, Transform
+from collegium.routing.record import RoutingContext
+
+__all__ = ["GroupLimit"]
+
+
+@method("group_limit", kind="transform", paper="DeepSeek-V2 (2024)", arxiv="2405.04434")
+@dataclass(frozen=True)
+class GroupLimit(Transform):
+    """A token may choose only among the experts of its best `topk_group` of `n_group` groups.
+
+    Groups are runs of E / n_group neighbouring experts, so that a token visits at most `topk_group` devices.
+    DeepSeek-V2 ("max", masked 0) limits devices this way; DeepSeek-V3 (arXiv 2412.19437; "top2_sum", masked -inf)
+    scores a group by its two best experts, on biased scores.
+
+    Attributes:
+        n_group: number of groups; must divide E.
+        topk_group: groups kept per token.
+        group_score: "max" of a group's selection scores, or "top2_sum", the sum of its two largest.
+        masked_value: selection score of the experts outside the kept groups. A finite value lets them compete again,
+            which families that mask with 0 accept because a softmax is never below it.
+    """
+
+    n_group: int
+    topk_group: int
+    group_score: Literal["max", "top2_sum"] = "top2_sum"
+    masked_value: float = -math.inf
+
+    def check(self, num_experts: int, top_k: int, parts: tuple[Part, ...]) -> None:
+        n_group, topk_group = self.n_group, self.topk_group
+        if n_group < 1 or num_experts % n_group:
+            raise ConfigError(f"n_group is {n_group}, which does not divide {num_experts} experts into equal groups")
+        if not 1 <= topk_group <= n_group:
+            raise ConfigError(f"topk_group is {topk_group}; with n_group {n_group} it must be 1 to {n_group}")
+        size = num_experts // n_group
+        if top_k > topk_group * size:
+            raise ConfigError(
+                f"top_k is {top_k}, but {topk_group} groups of {size} experts hold only {topk_group * size}; "
+                "raise topk_group or lower n_group or top_k"
+            )
+        if self.group_score not in ("max", "top2_sum"):
+            raise ConfigError(f"group_score is {self.group_score!r}; it must be 'max' or 'top2_sum'")
+        if self.group_score == "top2_sum" and size < 2:
+            raise ConfigError(
+                f"group_score 'top2_sum' needs two experts per group, but {num_experts} experts in {n_group} groups "
+                "are one each; lower n_group or use 'max'"
+            )
+
+    def __call__(self, scores: Scores, context: RoutingContext) -> Scores:
+        grouped = scores.selection.unflatten(-1, (self.n_group, -1))
+        if self.group_score == "max":
+            group_score = grouped.amax(-1)
+        else:
+            group_score = grouped.topk(2, dim=-1).values.sum(-1)
+        best = group_score.topk(self.topk_group, dim=-1).indices
+        masked = torch.ones_like(group_score, dtype=torch.bool).scatter(-1, best, False)
+        limited = grouped.masked_fill(masked.unsqueeze(-1), self.masked_value)
+        return replace(scores, selection=limited.flatten(-2))

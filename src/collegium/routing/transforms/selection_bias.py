@@ -1,0 +1,28 @@
+"""A bias per expert that steers selection and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from collegium.catalog import method
+from collegium.errors import ConfigError
+from collegium.routing.parts import Scores, Transform
+from collegium.routing.record import RoutingContext
+
+__all__ = ["SelectionBias"]
+
+
+@method("selection_bias", kind="transform", paper="Auxiliary-Loss-Free Load Balancing (2024)", arxiv="2408.15664")
+@dataclass(frozen=True)
+class SelectionBias(Transform):
+    """Adds the router's ``e_score_correction_bias [E]`` to the selection score.
+
+    Probabilities and combine weights stay unbiased. The bias gets no gradient: a controller moves it after each step.
+    """
+
+    needs_correction_bias = True
+
+    def __call__(self, scores: Scores, context: RoutingContext) -> Scores:
+        if scores.correction_bias is None:
+            raise ConfigError("SelectionBias needs Scores.correction_bias, which is None")
+        return replace(scores, selection=scores.selection + scores.correction_bias)
