@@ -7,8 +7,10 @@ new content, never a mixture.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,18 @@ from collegium.errors import StorageError
 __all__ = ["atomic_dir", "atomic_file", "sync_dir"]
 
 PARTIAL = ".partial-"
-"""Prefix of unfinished neighbours; readers ignore such names and the next writer removes stale ones."""
+"""Prefix of unfinished neighbours; readers ignore such names, and the next writer of the same target removes those
+whose process on this machine is gone."""
+
+
+def _partial(target: Path) -> Path:
+    """A free name beside `target` that says who is writing; leftovers of killed writers are removed."""
+    host = socket.gethostname()
+    for left in target.parent.glob(f"{PARTIAL}{host}-*-{glob.escape(target.name)}"):
+        pid = left.name.removeprefix(f"{PARTIAL}{host}-").partition("-")[0]
+        if pid.isdecimal() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return target.with_name(f"{PARTIAL}{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{target.name}")
 
 
 def sync_dir(path: Path) -> None:
@@ -48,7 +61,7 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
         StorageError: the file could not be written (disk full, no permission). `target` keeps its old content.
     """
     target = Path(target)
-    partial = target.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}-{target.name}")
+    partial = _partial(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -72,9 +85,7 @@ def atomic_dir(target: str | os.PathLike[str]) -> Iterator[Path]:
         StorageError: something in it could not be written. `target` keeps its old content.
     """
     target = Path(target)
-    tag = uuid.uuid4().hex[:8]
-    partial = target.with_name(f"{PARTIAL}{tag}-{target.name}")
-    retired = target.with_name(f"{PARTIAL}{tag}-old-{target.name}")
+    partial, retired = _partial(target), _partial(target)
     try:
         partial.mkdir(parents=True)
         yield partial

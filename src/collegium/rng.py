@@ -7,8 +7,10 @@ draws from the global generator.
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["generator", "seed_of"]
 
@@ -20,5 +22,7 @@ def seed_of(*key: int | str) -> int:
 
 
 def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator for `key`, for example ``(seed, step, micro_batch, layer, "jitter")``."""
+    """A fresh torch generator for `key`, for example ``(seed, step, micro_batch, layer, "jitter")``."""
+    import torch  # here, because traces are read and measured without torch
+
     return torch.Generator(device=device).manual_seed(seed_of(*key))

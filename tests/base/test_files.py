@@ -82,3 +82,8 @@ def test_kill_while_writing_keeps_the_old_folder(tmp_path: Path) -> None:
     )
     assert subprocess.run([sys.executable, "-c", program, str(target)], check=False).returncode == -9
     assert (target / "x").read_text() == "old"
+    assert len(names(tmp_path)) == 2, "the killed writer left its partial folder"
+    with atomic_dir(target) as partial:
+        (partial / "x").write_text("new")
+    assert names(tmp_path) == ["model"]
+    assert (target / "x").read_text() == "new"
