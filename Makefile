@@ -13,7 +13,7 @@ test: $(STAMP)   ## lint, type-check, architecture floors, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/mkdocs build --strict --quiet --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
 	$(BIN)/pytest -m "not claim and not slow" -n 2 --dist loadfile
 
 claims: $(STAMP) ## the claim experiments; writes src/collegium/claims.json
@@ -24,7 +24,7 @@ bench: $(STAMP)  ## every benchmark, as ratios against a peer in the same run
 	$(BIN)/collegium bench trace
 
 docs: $(STAMP)   ## build the documentation into site/ (a broken link fails)
-	$(BIN)/mkdocs build --strict --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

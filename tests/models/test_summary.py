@@ -131,6 +131,28 @@ def test_missing_shards_are_predicted_and_named(tmp_path: Path) -> None:
     assert (summary.parameters, summary.active_parameters) == direct_counts(model)
 
 
+def test_missing_shards_of_an_unknown_family_leave_what_is_there(tmp_path: Path) -> None:
+    tiny_model("olmoe").save_pretrained(tmp_path, max_shard_size="40KB")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing_known", "num_experts_per_tok": 2}))
+    sorted(tmp_path.glob("model-*.safetensors"))[1].unlink()
+    checkpoint = open_checkpoint(tmp_path)
+    summary = summarize(checkpoint)
+    assert summary.source == "partial"
+    assert summary.parameters == sum(info.numel for info in checkpoint.tensors.values())
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", [], [3], {}, {"g": 1}, {"config_groups": {"a": 3}}])
+@pytest.mark.parametrize(
+    "key",
+    ["architectures", "quantization_config", "collegium", "text_config", "num_experts", "num_experts_per_tok",
+     "num_hidden_layers", "scoring_func", "moe_intermediate_size", "n_shared_experts", "model_type"],
+)  # fmt: skip
+def test_odd_configs_are_no_crash(tmp_path: Path, key: str, value: object) -> None:
+    save_file({"model.layers.0.mlp.experts.0.up_proj.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe", key: value}))
+    assert summarize(open_checkpoint(tmp_path)).parameters == 4
+
+
 def test_layers_beyond_the_config_are_kept_apart(tmp_path: Path) -> None:
     model = tiny_model("deepseek_v3")
     model.save_pretrained(tmp_path)

@@ -130,7 +130,7 @@ class Checkpoint:
         names = sorted(self.tensors)
         for name in names:
             info = self.tensors[name]
-            digest.update(f"{name}\0{info.dtype}\0{info.shape}\0".encode())
+            digest.update(f"{name}\0{info.dtype}\0{info.shape}\0".encode(errors="surrogatepass"))
         step = -(-len(names) // _SAMPLES)
         for name in names[::step]:
             info = self.tensors[name]
@@ -229,7 +229,7 @@ def refuse_remote_code(config: dict[str, Any]) -> None:
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    family = config.get("model_type")
+    family = str(config.get("model_type"))
     if config.get("auto_map") and family not in CONFIG_MAPPING_NAMES:
         raise RemoteCodeError(
             f"model_type {family!r} is unknown to transformers and its config asks to execute code that came with the "
@@ -284,7 +284,7 @@ def _tensor_info(path: Path, name: str, entry: object, start: int) -> TensorInfo
     bits = _product(shape) * BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
         raise CheckpointError(
-            f"{where}: {dtype} {shape} takes {bits / 8:g} bytes, its data_offsets span {offsets[1] - offsets[0]}"
+            f"{where}: {dtype} {shape} takes {bits} bits, its data_offsets span {offsets[1] - offsets[0]} bytes"
         )
     return TensorInfo(path.name, dtype, tuple(shape), start + offsets[0], offsets[1] - offsets[0])
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from collegium.errors import CheckpointError
+from collegium.errors import CheckpointError, RemoteCodeError
 from collegium.models.checkpoint import BITS, Checkpoint, TensorInfo, refuse_remote_code
 from collegium.models.families import BIAS_IS_PARAMETER, SCORES, TOP_K, lookup
 
@@ -25,7 +25,7 @@ convolution), dense feed-forward layers, embeddings and head, and the rest (norm
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _EXPERT_ID = re.compile(r"experts\.(?:expert_)?(\d+)\.")
-_MAIN_STACK = re.compile(r"(^|\.)(model|language_model)\.layers$|^layers$")
+_MAIN_STACK = re.compile(r"(^|\.)(model|language_model|backbone)\.layers$|^layers$")
 _TOWER = re.compile(r"(^|\.)(visual|vision_\w+|audio_\w+|vit|multi_modal_projector|resampler_model)\.")
 _SELECTION_BIAS = re.compile(r"e_score_correction_bias|expert_bias|balancing_biases|(^|\.)ffn\.gate\.bias$")
 _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -33,10 +33,7 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("shared_experts", re.compile(r"shared_expert|share_expert|shared_mlp")),
     ("experts", re.compile(r"(^|\.)experts\.(?!(router|bias)(\.|$))|(mlp|block_sparse_moe)\.(input|output)_linear\.")),
     ("experts", re.compile(r"mlp\.(up|down)_embed\.")),  # Doge keeps its experts as rows of an embedding
-    (
-        "router",
-        re.compile(r"tid2eid|(^|\.)(router|router_gate)\."),
-    ),
+    ("router", re.compile(r"tid2eid|(^|\.)(router|router_gate)\.")),
     ("router", re.compile(r"(mlp|mlp\.\w+_moe|block_sparse_moe|feed_forward|mixer|ffn|moe)\.gate\.")),
     (
         "attention",
@@ -81,9 +78,11 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A model in numbers. `source` is "headers" or "predicted"; see `summarize`.
+    """A model in numbers.
 
     Attributes:
+        source: what was counted: "headers"; "predicted", the model the config describes; or "partial", only the shards
+            that are there, of a family that cannot be predicted.
         score: "softmax", "sigmoid", ...; None for a family that is not known.
         expert_width: f, the width of one expert's hidden layer.
         parameters, active_parameters: totals; active ones are those a token uses (None if K is not known).
@@ -120,12 +119,11 @@ def summarize(checkpoint: Checkpoint) -> Summary:
     """Count a checkpoint. Counts are exact where all shards are there, else they are predicted from the config.
 
     Raises:
-        CheckpointError: weights are missing and the config is of no family transformers can build.
-        RemoteCodeError: weights are missing and the model class would be code of the checkpoint.
+        CheckpointError: there are no weights and the config is of no family transformers can build.
+        RemoteCodeError: there are no weights and the model class would be code of the checkpoint.
     """
     config = checkpoint.config
-    complete = bool(checkpoint.tensors) and not checkpoint.missing
-    tensors = checkpoint.tensors if complete else predict_tensors(config)
+    source, tensors = _tensors(checkpoint)
     if config.get("tie_word_embeddings") and any("embed_tokens" in name for name in tensors):
         tensors = {name: info for name, info in tensors.items() if name != "lm_head.weight"}
     family = _text_family(config)
@@ -140,15 +138,15 @@ def summarize(checkpoint: Checkpoint) -> Summary:
     moe = _moe_layers(main, counts, config, family)
     total = sum(count for count, _ in parts.values())
     idle = [layer.parameters - layer.active_parameters for layer in moe if layer.active_parameters is not None]
-    quantization = config.get("quantization_config")
+    quantization = _table(config, "quantization_config")
     return Summary(
         family=str(config.get("model_type", "unknown")),
-        architecture=next(iter(config.get("architectures") or ()), None),
-        source="headers" if complete else "predicted",
+        architecture=_architecture(config),
+        source=source,
         num_layers=len({key for name in main if (key := _layer_of(name)) and not _TOWER.search(name)}),
         moe_layers=moe,
         shared_experts=_shared_experts(config, parts["shared_experts"][0]),
-        score=lookup(config, "score") or SCORES.get(family.removesuffix("_text")) if moe else None,
+        score=_score(config, family) if moe else None,
         expert_width=_at(lookup(config, "expert_width"), 0) if moe else None,
         parameters=total,
         active_parameters=total - sum(idle) if len(idle) == len(moe) else None,
@@ -156,7 +154,7 @@ def summarize(checkpoint: Checkpoint) -> Summary:
         nbytes=sum(dtypes.values()),
         parts=parts,
         dtypes=dict(dtypes.most_common()),
-        quantization=quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else None,
+        quantization=str(quantization.get("quant_method", "unnamed")) if quantization else None,
         missing=tuple(sorted(checkpoint.missing)),
     )
 
@@ -197,13 +195,13 @@ def _build(config: dict[str, Any]) -> Any:
     import torch
     import transformers
 
-    own = config.get("collegium") or {}
-    family = own.get("base") or config.get("model_type")
+    own = _table(config, "collegium")
+    family = own.get("base") or str(config.get("model_type"))
     skip = ("model_type", "auto_map", "collegium", "quantization_config")
     resolved = transformers.AutoConfig.for_model(family, **{k: v for k, v in config.items() if k not in skip})
-    named = getattr(transformers, next(iter(config.get("architectures") or ()), ""), None)
+    named = getattr(transformers, _architecture(config) or "", None)
     with torch.device("meta"):
-        if named is not None:
+        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
             model = named(resolved)
         elif type(resolved) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
             model = transformers.AutoModelForCausalLM.from_config(resolved)
@@ -216,10 +214,38 @@ def _build(config: dict[str, Any]) -> Any:
     return model
 
 
+def _tensors(checkpoint: Checkpoint) -> tuple[str, dict[str, TensorInfo]]:
+    """``(source, tensors to count)``."""
+    if checkpoint.tensors and not checkpoint.missing:
+        return "headers", checkpoint.tensors
+    try:
+        return "predicted", predict_tensors(checkpoint.config)
+    except (CheckpointError, RemoteCodeError):
+        if not checkpoint.tensors:
+            raise
+        return "partial", checkpoint.tensors
+
+
+def _table(config: dict[str, Any], *path: str) -> dict[str, Any]:
+    """The object at `path` of a raw config; empty if it is not there or no object."""
+    value: Any = config
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _architecture(config: dict[str, Any]) -> str | None:
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else None
+
+
 def _text_family(config: dict[str, Any]) -> str:
-    text = config.get("text_config")
-    inner = text.get("model_type") if isinstance(text, dict) else None
-    return str(inner or config.get("model_type"))
+    return str(_table(config, "text_config").get("model_type") or config.get("model_type"))
+
+
+def _score(config: dict[str, Any], family: str) -> str | None:
+    named = lookup(config, "score")
+    return named if isinstance(named, str) else SCORES.get(family.removesuffix("_text"))
 
 
 @lru_cache(maxsize=1 << 17)
@@ -243,7 +269,7 @@ def _split_extra(tensors: dict[str, TensorInfo], layers: object) -> tuple[dict[s
 
 def _parameters(name: str, info: TensorInfo, config: dict[str, Any], family: str) -> int:
     """How many parameters of the model a stored tensor stands for."""
-    quantization = config.get("quantization_config") or {}
+    quantization = _table(config, "quantization_config")
     if _BUFFERS.search(name) or (quantization and _OVERHEAD.search(name)):
         return 0
     if _SELECTION_BIAS.search(name):
@@ -256,10 +282,9 @@ def _parameters(name: str, info: TensorInfo, config: dict[str, Any], family: str
 
 
 def _weight_bits(quantization: dict[str, Any]) -> int:
-    groups = quantization.get("config_groups")
-    group = next(iter(groups.values()), None) if isinstance(groups, dict) else None
-    weights = group.get("weights") if isinstance(group, dict) else None
-    bits = quantization.get("bits") or (weights.get("num_bits") if isinstance(weights, dict) else None)
+    groups = _table(quantization, "config_groups")
+    weights = _table(groups, next(iter(groups), ""), "weights")
+    bits = quantization.get("bits") or weights.get("num_bits")
     return bits if isinstance(bits, int) and 1 <= bits <= 32 else 4
 
 
@@ -327,5 +352,5 @@ def _default_top_k(config: dict[str, Any]) -> Any:
     """K that the family's config class has by default, for a hand-written config that leaves it out."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    family = config.get("model_type")
+    family = str(config.get("model_type"))
     return lookup(CONFIG_MAPPING[family]().to_dict(), "top_k") if family in CONFIG_MAPPING else None

@@ -1,0 +1,47 @@
+"""Documentation that is computed: the table of methods from the catalogue, the tables of benchmarks from their results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from collegium import catalog
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def methods_table() -> str:
+    """One table a kind, straight from the catalogue."""
+    parts = []
+    for kind, what in catalog.KINDS.items():
+        members = catalog.methods(kind)
+        if not members:
+            continue
+        parts.append(f"\n## {kind}\n\nWhat it is: {what}.\n\n| name | paper | module | claim |\n|---|---|---|---|")
+        for m in members:
+            paper = f"[{m.paper}](https://arxiv.org/abs/{m.arxiv})" if m.arxiv else m.paper
+            claim = f"**{m.claim['status']}**: {m.claim['numbers']}" if m.claim else "no claim test yet"
+            parts.append(f"| `{m.name}` | {paper} | `{m.module}` | {claim} |")
+    return "\n".join(parts)
+
+
+def bench_table(name: str) -> str:
+    """The rows of one stored benchmark run (``collegium bench NAME --json``)."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    head = "| point | ours | best peer | ratio | goal | met | limit | share |\n|---|---|---|---|---|---|---|---|"
+    return "\n".join([head, *map(_bench_row, rows)])
+
+
+def _bench_row(row: dict[str, Any]) -> str:
+    goal = "" if row["goal"] is None else f"{row['goal']:.2f}"
+    share = "" if row["share"] is None else f"{row['share']:.0%}"
+    met = {True: "yes", False: "**no**", None: ""}[row["met"]]
+    return f"| {row['name']} | {row['ours']} | {row['peer']} | {row['ratio']:.2f} | {goal} | {met} | {row['limit']} | {share} |"
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """mkdocs event: fill the placeholders of a page."""
+    markdown = markdown.replace("<!-- methods -->", methods_table())
+    return re.sub(r"<!-- bench: (\w+) -->", lambda found: bench_table(found[1]), markdown)

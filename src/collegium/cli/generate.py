@@ -1,0 +1,136 @@
+"""``collegium generate``: continue a prompt."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["run"]
+
+
+def run(
+    model: Annotated[Path, typer.Argument(help="A model folder with a tokenizer.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after so many tokens.")] = 128,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="Above 0; lower is more likely.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", min=0, help="Only the k likeliest tokens; 0 is all.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Only the likeliest tokens that together reach p (0 to 1).")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option("--repetition-penalty", help="Above 1 makes tokens that are there less likely.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token; no sampling.")] = False,
+    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print tokens as they come.")] = True,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; else the config's.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Where to run, for example cpu or cuda.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Execute code that came with the checkpoint.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON when done; no streaming.")] = False,
+) -> None:
+    """Continue a prompt with a model, MoE or dense. Options left out are those of the model's generation config."""
+    import torch
+
+    from collegium.cli._model import open_folder, open_model, open_tokenizer
+
+    sampling = _sampling(greedy, temperature, top_k, top_p, repetition_penalty)
+    open_folder(model, trust_remote_code=trust_remote_code)
+    tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
+    network = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    ids = _encode(tokenizer, sys.stdin.read() if prompt == "-" else prompt, network)
+    if seed is not None:
+        torch.manual_seed(seed)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        output = network.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=_pad(tokenizer, network),
+            streamer=_streamer(tokenizer) if stream and not as_json else None,
+            **sampling,
+        )
+    seconds = time.perf_counter() - start
+    fresh = output[0, ids.shape[1] :].tolist()
+    text = tokenizer.decode(fresh, skip_special_tokens=True)
+    if as_json:
+        record = {
+            "text": text,
+            "prompt_tokens": ids.shape[1],
+            "tokens": len(fresh),
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(len(fresh) / seconds, 2),
+        }
+        typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
+        return
+    if not stream:
+        typer.echo(text)
+    typer.echo(f"{len(fresh)} tokens in {seconds:.2f} s ({len(fresh) / seconds:.1f} tokens/s)", err=True)
+
+
+def _sampling(
+    greedy: bool,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    repetition_penalty: float | None,
+) -> dict[str, Any]:
+    from collegium.errors import ConfigError
+
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    given = {name: value for name, value in given.items() if value is not None}
+    if greedy and given:
+        raise ConfigError(f"--greedy takes the likeliest token, so {', '.join(given)} would do nothing; leave one out")
+    if temperature is not None and not temperature > 0:
+        raise ConfigError(f"temperature must be above 0, not {temperature}; --greedy is its limit at 0")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"top_p must be above 0 and at most 1, not {top_p}")
+    if repetition_penalty is not None and not repetition_penalty > 0:
+        raise ConfigError(f"repetition_penalty must be above 0, not {repetition_penalty}")
+    penalty = {} if repetition_penalty is None else {"repetition_penalty": repetition_penalty}
+    return {"do_sample": not greedy, **given, **penalty}
+
+
+def _encode(tokenizer: Any, prompt: str, network: Any) -> Any:
+    """``[1, S]`` token ids, with the beginning-of-text token in front if the tokenizer has one."""
+    import torch
+
+    from collegium.errors import ConfigError
+
+    ids = list(tokenizer(prompt).input_ids)
+    start = tokenizer.bos_token_id
+    if start is not None and ids[:1] != [start]:
+        ids.insert(0, start)
+    if not ids:
+        raise ConfigError("the prompt is empty and the tokenizer has no beginning-of-text token to start from")
+    vocabulary = network.get_input_embeddings().num_embeddings
+    if max(ids) >= vocabulary:
+        raise ConfigError(
+            f"the tokenizer gives token {max(ids)}, the model has {vocabulary}: they do not belong together"
+        )
+    return torch.tensor([ids], device=network.device)
+
+
+def _pad(tokenizer: Any, network: Any) -> int:
+    ends = network.generation_config.eos_token_id
+    first = ends[0] if isinstance(ends, list) else ends
+    return next((token for token in (tokenizer.pad_token_id, first) if token is not None), 0)
+
+
+def _streamer(tokenizer: Any) -> Any:
+    from transformers import TextStreamer
+
+    class Stream(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            typer.echo(text, nl=stream_end)
+
+    return Stream(tokenizer, skip_prompt=True, skip_special_tokens=True)

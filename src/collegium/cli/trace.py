@@ -1,0 +1,200 @@
+"""``collegium trace``: run a model over a corpus and record where every token goes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collegium.data.corpus import Corpus
+    from collegium.trace import Trace
+
+__all__ = ["run"]
+
+_TEXTS = 64  # documents tokenised at a time
+
+
+def run(
+    model: Annotated[Path, typer.Argument(help="A model folder with MoE layers and a tokenizer.")],
+    data: Annotated[
+        str, typer.Option("--data", help="'local', a folder of texts, a .jsonl or .parquet file, or a text file.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the trace.")],
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", min=1, help="So many tokens, the domains sharing equally; else all of the data."),
+    ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Only this split: train, valid or test.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences in a forward.")] = 8,
+    sequence_length: Annotated[
+        int, typer.Option("--sequence-length", min=1, help="Longer documents are cut into sequences of this length.")
+    ] = 512,
+    logits: Annotated[bool, typer.Option("--logits", help="Also store the routers' logits.")] = False,
+    gate_inputs: Annotated[
+        float, typer.Option("--gate-inputs", help="Share of tokens (0 to 1) whose router inputs are stored too.")
+    ] = 0.0,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=0, help="Also generate so many tokens after each sequence.")
+    ] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a trace that was cut short.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a trace that is there.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; else the config's.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Where to run, for example cpu or cuda.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Execute code that came with the checkpoint.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Record the routing of a model over a corpus: every token, every MoE layer, with domains and documents.
+
+    The trace is a folder of Parquet parts and can be read while it grows. Ctrl-C keeps what is there; --resume goes on.
+    """
+    from collegium.cli._model import open_folder, open_model, open_tokenizer, token_progress
+    from collegium.data.tokenize import tokenizer_fingerprint
+    from collegium.errors import ConfigError
+    from collegium.trace import Trace, record, record_generate
+    from collegium.trace.run import check_target
+
+    if max_new_tokens and resume:
+        raise ConfigError("--resume cannot continue generated text; leave out --max-new-tokens, or start again")
+    there = check_target(out, resume=resume, overwrite=overwrite)  # before a large model is read for nothing
+    fingerprint = open_folder(model, trust_remote_code=trust_remote_code).fingerprint
+    tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
+    corpus = _open(data)
+    network = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    share = None if tokens is None else -(-tokens // len(corpus.domains))
+    sequences = _sequences(corpus, tokenizer, split, sequence_length, share)
+    batches = _batches(sequences, batch_size, network, left=max_new_tokens > 0)
+    settings: dict[str, Any] = {
+        "name": str(model),
+        "fingerprint": fingerprint,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "data": f"{corpus.name} ({corpus.fingerprint()}), split {split or 'all'}, {batch_size} x {sequence_length}"
+        + (f", at most {share} tokens of a domain" if share and len(corpus.domains) > 1 else ""),
+        "domains": corpus.domains,
+        "logits": logits,
+        "gate_inputs": gate_inputs,
+        "overwrite": overwrite,
+        "max_tokens": tokens,
+    }
+    before = len(Trace.open(out)) if there and resume else 0
+    start = time.perf_counter()
+    with token_progress() as progress:
+        bar = progress.add_task("tracing", total=tokens, completed=before)
+        settings["progress"] = lambda count: progress.advance(bar, count)
+        try:
+            if max_new_tokens:
+                found = record_generate(network, batches, out, max_new_tokens=max_new_tokens, **settings)
+            else:
+                found = record(network, batches, out, resume=resume, **settings)
+        except KeyboardInterrupt:
+            go_on = "" if max_new_tokens else ", --resume continues it"
+            typer.echo(f"stopped; what was recorded is in {out}{go_on}", err=True)
+            raise typer.Exit(130) from None
+    _report(found, (len(found) - before) / (time.perf_counter() - start), as_json)
+
+
+def _report(trace: Trace, rate: float, as_json: bool) -> None:
+    import numpy as np
+
+    domains = np.bincount(trace.column("domain"), minlength=len(trace.meta.domains)).tolist()
+    record = {
+        "trace": str(trace.folder),
+        "tokens": len(trace),
+        "tokens_per_second": round(rate, 1),
+        "layers": trace.layers,
+        "domains": dict(zip(trace.meta.domains, domains, strict=True)),
+        "bytes": sum(file.stat().st_size for file in trace.files),
+    }
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+        return
+    typer.echo(
+        f"{len(trace):,} tokens of {len(trace.layers)} layers in {trace.folder} ({record['bytes']:,} bytes, "
+        f"{record['tokens_per_second']:,} tokens/s)"
+    )
+    for name, count in zip(trace.meta.domains, domains, strict=True):
+        typer.echo(f"  {name}: {count:,}")
+
+
+def _open(data: str) -> Corpus:
+    """A corpus, or one text file as a corpus of one document."""
+    from collegium.data.corpus import Corpus, Document, open_corpus
+    from collegium.errors import DataError
+
+    path = Path(data)
+    if not path.is_file() or path.suffix.lower() in (".jsonl", ".ndjson", ".parquet"):
+        return open_corpus(data)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a text file in UTF-8: {error}") from error
+    return Corpus(str(path), [(Document(text, path.stem, path.name), None)] if text.strip() else [])
+
+
+def _sequences(
+    corpus: Corpus, tokenizer: Any, split: Any, length: int, share: int | None
+) -> Iterator[tuple[list[int], int, int]]:
+    """``(token ids, number of the document, domain)``; none holds two documents, none a domain's more than `share`.
+
+    Each document begins with the beginning-of-text token.
+    """
+    from itertools import islice
+
+    from collegium.data.tokenize import encode_texts
+
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    left = dict.fromkeys(corpus.domains, sys.maxsize if share is None else share)
+    wanted = (document for document in corpus.documents(split) if left[document.domain])
+    number = 0
+    while any(left.values()) and (group := list(islice(wanted, _TEXTS))):
+        for document, encoded in zip(group, encode_texts(tokenizer, [d.text for d in group]), strict=True):
+            ids = (start + encoded)[: left[document.domain]]
+            left[document.domain] -= len(ids)
+            for first in range(0, len(ids), length):
+                yield ids[first : first + length], number, corpus.domains.index(document.domain)
+            number += 1
+
+
+def _batches(
+    sequences: Iterator[tuple[list[int], int, int]], batch_size: int, network: Any, *, left: bool
+) -> Iterator[dict[str, Any]]:
+    """Sequences padded to the longest of their batch."""
+    from itertools import islice
+
+    while rows := list(islice(sequences, batch_size)):
+        yield _batch(rows, network, left)
+
+
+def _batch(rows: list[tuple[list[int], int, int]], network: Any, left: bool) -> dict[str, Any]:
+    import torch
+
+    from collegium.errors import ConfigError
+
+    width = max(len(ids) for ids, _, _ in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for number, (ids, _, _) in enumerate(rows):
+        place = slice(width - len(ids), width) if left else slice(0, len(ids))
+        input_ids[number, place] = torch.tensor(ids)
+        mask[number, place] = 1
+    vocabulary = network.get_input_embeddings().num_embeddings
+    if int(input_ids.max()) >= vocabulary:
+        raise ConfigError(
+            f"the tokenizer gives token {int(input_ids.max())}, the model has {vocabulary}: they do not belong together"
+        )
+    return {
+        "input_ids": input_ids,
+        # a mask without padding only costs attention its fast path
+        **({} if bool(mask.all()) and not left else {"attention_mask": mask}),
+        "document": torch.tensor([document for _, document, _ in rows]),
+        "domain": torch.tensor([domain for _, _, domain in rows]),
+    }

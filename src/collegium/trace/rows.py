@@ -1,0 +1,82 @@
+"""From tensors of one forward to the rows of a trace, vectorised.
+
+Legend: B sequences, S tokens of a sequence, T = B * S, N rows that are stored, A assignments, K slots, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collegium.errors import ConfigError, ModelError, NonFiniteError
+from collegium.routing import Routing
+from collegium.trace.schema import LayerMeta
+from collegium.trace.store import LayerRows
+
+__all__ = ["layer_rows", "spread"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def layer_rows(
+    layer: LayerMeta, routing: Routing, chosen: Tensor, gate_input: Tensor | None, logits: bool
+) -> LayerRows:
+    """The rows of the tokens ``chosen [N]`` in one layer.
+
+    Raises:
+        NonFiniteError: a combine weight is NaN or infinite.
+        ModelError: logits are asked for and the model's family does not give them.
+    """
+    everyone = len(chosen) == routing.num_tokens
+    rows = chosen.to(routing.expert.device)
+    lengths = None
+    if routing.slots is not None and routing.kept is None:
+        index, value = routing.index_TK, routing.weight_TK
+        index, value = (index, value) if everyone else (index[rows], value[rows])
+    else:
+        index, value, lengths = _ragged(routing, rows)
+    if not bool(torch.isfinite(value).all()):
+        raise NonFiniteError(
+            f"{layer.path} (layer {layer.layer}): the router gives combine weights that are NaN or infinite; a weight "
+            "of the model is probably damaged, `collegium inspect --verify` names it"
+        )
+    if logits and routing.logits is None:
+        raise ModelError(f"{layer.path}: this family does not give its router's logits; record without them")
+    # sent to the CPU in the smallest type torch has for it
+    index = index.to(torch.uint8 if layer.num_experts <= 256 else torch.int32)
+    scores = routing.logits if logits else None
+    return LayerRows(
+        expert=index.reshape(-1).cpu().numpy(),
+        weight=value.reshape(-1).to(torch.float16).cpu().numpy(),
+        lengths=lengths,
+        logits=None if scores is None else (scores if everyone else scores[rows]).to(torch.float16).cpu().numpy(),
+        gate_input=None if gate_input is None else gate_input.cpu().numpy(),
+    )
+
+
+def _ragged(routing: Routing, rows: Tensor) -> tuple[Tensor, Tensor, Array]:
+    """``(expert [A], weight [A], lengths [N])`` of the assignments that were carried out."""
+    stored = torch.zeros(routing.num_tokens, dtype=torch.bool, device=rows.device)
+    stored[rows] = True
+    use = stored[routing.token]
+    if routing.kept is not None:
+        use &= routing.kept
+    lengths = torch.bincount(routing.token[use], minlength=routing.num_tokens)[rows]
+    return routing.expert[use], routing.weight[use], lengths.cpu().numpy()
+
+
+def spread(values: Any, B: int, S: int) -> Array:
+    """``[B]`` or ``[B, S]`` whole numbers as ``[T]``.
+
+    Raises:
+        ConfigError: the shape is another.
+    """
+    array = values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.shape == (B,):
+        return np.repeat(array, S)
+    if array.shape != (B, S):
+        raise ConfigError(f"a column of a batch must be [{B}] or [{B}, {S}], not {list(array.shape)}")
+    return array.reshape(-1)
