@@ -1,0 +1,127 @@
+"""What claim experiments share: small real runs on the local corpus, and the record of what came out.
+
+An experiment trains the same small model with and without the method, over several seeds, and reports through the
+`claim` fixture. The record (``src/collegium/claims.json``) feeds ``collegium methods`` and the docs. An effect that
+does not show is recorded as "not reproduced" with its numbers and fails nothing; a claim that was recorded as holding
+and does so no longer fails.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import collegium
+from collegium import load
+from collegium.data import open_corpus, pack
+from collegium.files import atomic_file
+from collegium.measure import domain_information
+from collegium.measure import load as load_of
+from collegium.trace import record
+from collegium.train import Recipe, train
+
+RECORD = Path(collegium.__file__).with_name("claims.json")
+SEEDS = (0, 1, 2)
+
+BASE: dict[str, Any] = {
+    "model": {
+        "family": "qwen3",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    },
+    "moe": {
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "balance": {"load_balancing": 0.01, "scope": "global"},
+    },
+    "data": {
+        "corpus": "local",
+        "options": {"max_bytes_per_domain": 2_000_000},
+        "vocab_size": 1024,
+        "sequence_length": 128,
+    },
+    "optim": {"lr": 3.0e-3},
+    "schedule": {"name": "cosine", "warmup": 0.05},
+    "run": {"steps": 400, "batch_size": 32, "log_every": 100},
+}
+"""A model that learns something in half a minute on two cores: 1.6M tokens of nine domains."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Held-out quality and routing of one small run; routing numbers are means over layers.
+
+    Attributes:
+        bits_per_byte: mean over domains.
+        max_violation: MaxVio on held-out text.
+        dead: experts without a token, summed over layers.
+        information: I(domain; expert), bits.
+    """
+
+    bits_per_byte: float
+    max_violation: float
+    dead: int
+    information: float
+
+
+@pytest.fixture(scope="session")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Outcome]]:
+    """``experiment("moe.balance.load_balancing=0")``: outcomes of the base recipe so changed, one per seed."""
+    done: dict[tuple[str, ...], list[Outcome]] = {}
+
+    def run(*overrides: str) -> list[Outcome]:
+        if overrides not in done:
+            done[overrides] = [_run(tmp_path_factory.mktemp("run"), overrides, seed) for seed in SEEDS]
+        return done[overrides]
+
+    return run
+
+
+def _run(folder: Path, overrides: tuple[str, ...], seed: int) -> Outcome:
+    recipe = Recipe.parse(BASE, [*overrides, f"run.seed={seed}"])
+    summary = train(recipe, folder)
+    model = load(folder / "model")
+    corpus = open_corpus("local", **recipe.data.options)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    packed = pack(corpus, tokenizer, "valid", recipe.data.sequence_length, folder / "packed", by_domain=True)
+    rows = np.arange(len(packed))
+    batches = (
+        {name: packed.batch(rows[at : at + 64])[name] for name in ("input_ids", "document", "domain")}
+        for at in range(0, len(rows), 64)
+    )
+    trace = record(model, batches, folder / "trace", domains=packed.domains)
+    loads = load_of(trace)
+    return Outcome(
+        bits_per_byte=float(np.mean(list(summary["domains"].values()))),
+        max_violation=float(np.mean([at.max_violation for at in loads])),
+        dead=sum(len(at.dead) for at in loads),
+        information=float(np.mean([found.bits for found in domain_information(trace)])),
+    )
+
+
+@pytest.fixture
+def claim() -> Callable[[str, bool, str], None]:
+    """``claim("balance/load_balancing", holds, numbers)`` records the outcome of an experiment."""
+
+    def report(method: str, holds: bool, numbers: str) -> None:
+        known = json.loads(RECORD.read_text(encoding="utf-8"))
+        before = known.get(method, {}).get("status")
+        known[method] = {"status": "holds" if holds else "not reproduced", "numbers": numbers}
+        with atomic_file(RECORD) as partial:
+            partial.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n", encoding="utf-8")
+        assert holds or before != "holds", f"{method} held before and does not now: {numbers}"
+
+    return report
