@@ -19,18 +19,18 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import numpy as np
+import polars as pl
 import torch
 import transformers
 from transformers import AutoTokenizer
 
 from collegium import export, load
 from collegium.assets import SHIPPED
-from collegium.data import Corpus, Packed, open_corpus, pack, token_bytes
+from collegium.data import Corpus, document_batches, open_corpus, pack, token_bytes
 from collegium.measure import DomainInformation, Load, domain_information
 from collegium.measure import load as load_of
 from collegium.trace import record
-from collegium.train import Evaluation, Recipe, count_parameters, evaluate
+from collegium.train import Evaluation, Recipe, count_parameters, evaluate, read_metrics
 
 TRACE_TOKENS = 262_144
 LIMIT = 16_000_000
@@ -57,7 +57,8 @@ def main() -> None:
         packed = pack(corpus, tokenizer, "test", recipe.data.sequence_length, scratch, by_domain=True)
         sizes = token_bytes(tokenizer)
         scores = {name: evaluate(model, packed, sizes, batch_size=32) for name, model in models.items()}
-        trace = record(models["demo"], batches(packed), Path(scratch) / "trace", domains=packed.domains)
+        rows = document_batches(corpus, tokenizer, "test", sequence_length=256, batch_size=16, max_tokens=TRACE_TOKENS)
+        trace = record(models["demo"], rows, Path(scratch) / "trace", domains=corpus.domains)
         loads, information = load_of(trace), domain_information(trace)
     numbers = {
         "experts": loads[0].share.size,
@@ -85,28 +86,15 @@ def ship(source: Path, target: Path, family: str | None) -> None:
     AutoTokenizer.from_pretrained(source).save_pretrained(target)
 
 
-def batches(packed: Packed) -> Any:
-    """About the same number of tokens of each domain, from as many documents as there are."""
-    domain = packed.domain_of_document[packed.document[:, 0]]
-    each = TRACE_TOKENS // packed.sequence_length // len(set(domain.tolist()))
-    rows = np.concatenate([spaced(np.flatnonzero(domain == d), each) for d in np.unique(domain)])
-    for at in range(0, len(rows), 16):
-        batch = packed.batch(rows[at : at + 16])
-        yield {name: batch[name] for name in ("input_ids", "document", "domain")}
-
-
-def spaced(rows: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of `rows`, evenly spaced."""
-    return rows[np.arange(min(count, len(rows))) * len(rows) // min(count, len(rows))]
-
-
 def trained(name: str, run: Path) -> str:
-    """A row of the table of runs."""
+    """A row of the table of runs. The median rate is that of an undisturbed machine; the minutes are those it took."""
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    rates = read_metrics(run / "metrics.jsonl").filter(pl.col("event") == "step")["tokens_per_second"]
     size = count_parameters(load(run / "model"))
+    rate, tokens = float(rates.median()), summary["tokens"]
     return (
-        f"| {name} | {size.total:,} | {size.active:,} | {summary['tokens']:,} | {summary['seconds'] / 60:.1f} | "
-        f"{summary['tokens_per_second']:,.0f} |"
+        f"| {name} | {size.total:,} | {size.active:,} | {tokens:,} | {rate:,.0f} | {tokens / rate / 60:.0f} | "
+        f"{summary['seconds'] / 60:.0f} |"
     )
 
 

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 import collegium
 from collegium import load
-from collegium.data import open_corpus, pack
+from collegium.data import document_batches, open_corpus
 from collegium.files import atomic_file
 from collegium.measure import domain_information
 from collegium.measure import load as load_of
@@ -93,16 +94,9 @@ def _run(folder: Path, overrides: tuple[str, ...], seed: int) -> Outcome:
     summary = train(recipe, folder)
     model = load(folder / "model")
     corpus = open_corpus("local", **recipe.data.options)
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    packed = pack(corpus, tokenizer, "valid", recipe.data.sequence_length, folder / "packed", by_domain=True)
-    rows = np.arange(len(packed))
-    batches = (
-        {name: packed.batch(rows[at : at + 64])[name] for name in ("input_ids", "document", "domain")}
-        for at in range(0, len(rows), 64)
-    )
-    trace = record(model, batches, folder / "trace", domains=packed.domains)
+    batches = document_batches(corpus, tokenizer, "valid", sequence_length=128, batch_size=64, max_tokens=100_000)
+    trace = record(model, batches, folder / "trace", domains=corpus.domains)
     loads = load_of(trace)
     return Outcome(
         bits_per_byte=float(np.mean(list(summary["domains"].values()))),

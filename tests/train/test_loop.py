@@ -21,6 +21,7 @@ from collegium.train import Recipe, evaluate, loop, read_metrics, state, train
 from collegium.train.prepare import prepare
 from collegium.train.ranks import Ranks
 from collegium.train.state import latest
+from collegium.train.stop import StopRequest
 
 Make = Callable[..., Recipe]
 
@@ -53,7 +54,7 @@ def test_a_run_learns_and_leaves_everything_that_is_needed(recipe: Make, tmp_pat
     model = models.load(tmp_path / "model")
     assert len(moe_layers(model)) == 2
     data = prepare(plan, Ranks())
-    again = evaluate(model, data.valid, data.token_bytes, 4, mask_documents=True)
+    again = evaluate(model, data.valid, data.token_bytes, 4)
     assert again.overall == pytest.approx(summary["bits_per_byte"], rel=1e-5)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "model")) == 300
 
@@ -171,6 +172,16 @@ def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_the_run_goes_on(
     ]
 
 
+def test_a_second_ctrl_c_stops_at_once() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)  # asking twice to terminate is still asking
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_resuming_with_another_recipe_is_refused_by_field(recipe: Make, tmp_path: Path) -> None:
     train(recipe(run__steps=4), tmp_path)
     with pytest.raises(ConfigError, match=r"optim\.lr: 0\.003 != 0\.1"):
@@ -183,6 +194,7 @@ def test_resuming_with_another_recipe_is_refused_by_field(recipe: Make, tmp_path
     steps = read_metrics(tmp_path / "metrics.jsonl").filter(event="step")["step"].to_list()
     assert steps == [1, 2, 3, 4, 6, 8]
     (tmp_path / "mine.txt").write_text("not the run's")
+    assert train(recipe(run__steps=8, run__log_every=2), tmp_path) == longer
     train(recipe(run__steps=4, optim__lr=0.1), tmp_path, resume=False)
     assert read_metrics(tmp_path / "metrics.jsonl").filter(event="step").height == 4
     assert (tmp_path / "mine.txt").exists()
@@ -227,8 +239,22 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(recipe: Make, tmp_path: 
 def test_resuming_on_other_text_is_refused(recipe: Make, corpus: Path, tmp_path: Path) -> None:
     own = tmp_path / "corpus"
     shutil.copytree(corpus, own)
-    plan = recipe(data__corpus=str(own), run__steps=4)
-    train(plan, tmp_path / "run")
+    train(recipe(data__corpus=str(own), run__steps=4), tmp_path / "run")
     (own / "train" / "song" / "new.txt").write_text("a song that was not there before", encoding="utf-8")
     with pytest.raises(DataError, match="other text"):
-        train(plan, tmp_path / "run")
+        train(recipe(data__corpus=str(own), run__steps=8), tmp_path / "run")
+
+
+def test_a_finished_run_is_not_run_again_nor_overwritten(
+    recipe: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = recipe(run__steps=2, run__checkpoint_every=0)
+    first = train(plan, tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    capfd.readouterr()
+    assert train(plan, tmp_path) == first
+    assert "finished" in capfd.readouterr().err
+    with pytest.raises(ConfigError, match="finished run of another recipe"):
+        train(recipe(run__steps=3, run__checkpoint_every=0), tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert json.loads((tmp_path / "summary.json").read_text()) == first

@@ -65,12 +65,14 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 2.5)]
 
 
-def test_trackio_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackio_gets_the_numbers_and_standard_output_stays_clean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     calls: list[Any] = []
     fake = types.SimpleNamespace(
         init=lambda **kw: calls.append(("init", kw)),
         log=lambda metrics, step: calls.append(("log", step, metrics)),
-        finish=lambda: calls.append("finish"),
+        finish=lambda: (calls.append("finish"), sys.stdout.write("bye")),
     )
     monkeypatch.setitem(sys.modules, "trackio", fake)
     logger = open_logger("trackio", tmp_path / "demo", {"a": 1})
@@ -81,6 +83,7 @@ def test_trackio_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("log", 3, {"train/loss": 2.5}),
         "finish",
     ]
+    assert capsys.readouterr().out == ""
 
 
 def test_a_tracker_that_is_not_installed_is_a_setting_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,20 +12,21 @@ if TYPE_CHECKING:
 
     from collegium.models.checkpoint import Checkpoint
 
-__all__ = ["byte_progress", "open_folder", "open_model", "open_tokenizer", "token_progress"]
+__all__ = ["byte_progress", "check_ids", "open_folder", "open_model", "open_tokenizer", "token_progress"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def open_folder(folder: Path, *, trust_remote_code: bool) -> Checkpoint:
-    """The checkpoint in `folder`, complete and without code of its own, or with code that is trusted.
+def open_folder(model: Path, *, trust_remote_code: bool) -> Checkpoint:
+    """The checkpoint of a model folder or a shipped model, complete and without code of its own unless that is trusted.
 
     Raises:
-        CheckpointError, RemoteCodeError: it is not.
+        ModelError, CheckpointError, RemoteCodeError: it is not.
     """
+    from collegium.assets import model_folder
     from collegium.models.checkpoint import open_checkpoint, refuse_remote_code
 
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(model_folder(model))
     if not trust_remote_code:
         refuse_remote_code(checkpoint.config)
     checkpoint.verify()
@@ -33,11 +34,16 @@ def open_folder(folder: Path, *, trust_remote_code: bool) -> Checkpoint:
 
 
 def open_model(folder: Path, *, dtype: str | None, device: str | None, trust_remote_code: bool) -> Any:
-    """The model in `folder`, ready to run. Raises what `load` does, and ConfigError for an unknown dtype or device."""
+    """The model in `folder`, ready to run, its experts on our compute where transformers lets them be.
+
+    Raises what `load` does, and ConfigError for an unknown dtype or device.
+    """
     import torch
     from transformers.utils import logging
 
     from collegium.models import load
+    from collegium.models.checkpoint import open_checkpoint
+    from collegium.sites import register
 
     logging.disable_progress_bar()  # the verbs have their own
     if dtype is not None and dtype not in DTYPES:
@@ -46,11 +52,15 @@ def open_model(folder: Path, *, dtype: str | None, device: str | None, trust_rem
         place = None if device is None else torch.zeros((), device=device).device
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
         raise ConfigError(f"device {device!r} is not there: {error}") from error
+    register()
+    # quantised experts have kernels of their own
+    quantised = open_checkpoint(folder).config.get("quantization_config")
     return load(
         folder,
         dtype=None if dtype is None else getattr(torch, dtype),
         device=place,
         trust_remote_code=trust_remote_code,
+        experts_implementation=None if quantised else "collegium",
     )
 
 
@@ -71,6 +81,13 @@ def open_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # damaged files fail anywhere in the tokenizer classes
         raise CheckpointError(f"{folder}: transformers cannot open the tokenizer: {error}") from error
+
+
+def check_ids(highest: int, model: Any) -> None:
+    """Refuse token ids that the model has no embedding for. Raises ConfigError."""
+    size = model.get_input_embeddings().num_embeddings
+    if highest >= size:
+        raise ConfigError(f"the tokenizer gives token {highest}, the model has {size}: they do not belong together")
 
 
 def token_progress() -> Progress:

@@ -55,7 +55,7 @@ def run(
             packed = pack(corpus, tokenizer, "valid", SEQUENCE, scratch, by_domain=True)
             _generate(console, moe, tokenizer, corpus, new_tokens, seed)
             scores = {"moe": _score(moe, packed, tokenizer), "dense": _score(dense, packed, tokenizer)}
-            trace = _trace(moe, packed, tokenizer, corpus, out / "trace", tokens)
+            trace = _trace(moe, tokenizer, corpus, out / "trace", tokens)
     results = _read(trace, out)
     results["bits_per_byte"] = scores
     results["seconds"] = round(time.perf_counter() - start, 1)
@@ -107,37 +107,27 @@ def _score(model: Any, packed: Packed, tokenizer: Any) -> dict[str, float]:
     return {**found.bits_per_byte, "all": found.overall}
 
 
-def _trace(model: Any, packed: Packed, tokenizer: Any, corpus: Corpus, folder: Path, tokens: int) -> Trace:
-    """Trace about the same number of held-out tokens of each domain."""
-    import numpy as np
-
+def _trace(model: Any, tokenizer: Any, corpus: Corpus, folder: Path, tokens: int) -> Trace:
+    """Trace held-out documents, as many tokens of each domain."""
     from collegium.assets import SHIPPED
     from collegium.cli._model import token_progress
+    from collegium.data import document_batches
     from collegium.data.tokenize import tokenizer_fingerprint
     from collegium.models.checkpoint import open_checkpoint
     from collegium.trace import record
 
-    domain = packed.domain_of_document[packed.document[:, 0]]
-    each = max(1, tokens // SEQUENCE // len(set(domain.tolist())))
-    rows = np.concatenate([np.flatnonzero(domain == d)[:each] for d in np.unique(domain)])
-    names = ("input_ids", "document", "domain")
-
-    def batches() -> Any:
-        for at in range(0, len(rows), 8):
-            batch = packed.batch(rows[at : at + 8])
-            yield {name: batch[name] for name in names}
-
+    batches = document_batches(corpus, tokenizer, "valid", sequence_length=SEQUENCE, batch_size=8, max_tokens=tokens)
     with token_progress() as progress:
-        bar = progress.add_task("tracing", total=len(rows) * SEQUENCE)
+        bar = progress.add_task("tracing", total=tokens)
         return record(
             model,
-            batches(),
+            batches,
             folder,
             name="demo",
             fingerprint=open_checkpoint(SHIPPED["demo"]).fingerprint,
             tokenizer=tokenizer_fingerprint(tokenizer),
-            data=f"{corpus.name} ({corpus.fingerprint()}), held-out text, packed to {SEQUENCE} tokens",
-            domains=packed.domains,
+            data=f"{corpus.name} ({corpus.fingerprint()}), held-out text, rows of {SEQUENCE} tokens",
+            domains=corpus.domains,
             overwrite=True,
             progress=lambda count: progress.advance(bar, count),
         )

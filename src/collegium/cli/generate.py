@@ -14,7 +14,7 @@ __all__ = ["run"]
 
 
 def run(
-    model: Annotated[Path, typer.Argument(help="A model folder with a tokenizer.")],
+    model: Annotated[Path, typer.Argument(help="A model folder with a tokenizer; or demo.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after so many tokens.")] = 128,
     temperature: Annotated[float | None, typer.Option("--temperature", help="Above 0; lower is more likely.")] = None,
@@ -43,9 +43,9 @@ def run(
     from collegium.cli._model import open_folder, open_model, open_tokenizer
 
     sampling = _sampling(greedy, temperature, top_k, top_p, repetition_penalty)
-    open_folder(model, trust_remote_code=trust_remote_code)
-    tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
-    network = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    folder = open_folder(model, trust_remote_code=trust_remote_code).folder
+    tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code)
+    network = open_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     ids = _encode(tokenizer, sys.stdin.read() if prompt == "-" else prompt, network)
     if seed is not None:
         torch.manual_seed(seed)
@@ -104,6 +104,7 @@ def _encode(tokenizer: Any, prompt: str, network: Any) -> Any:
     """``[1, S]`` token ids, with the beginning-of-text token in front if the tokenizer has one."""
     import torch
 
+    from collegium.cli._model import check_ids
     from collegium.errors import ConfigError
 
     ids = list(tokenizer(prompt).input_ids)
@@ -112,11 +113,7 @@ def _encode(tokenizer: Any, prompt: str, network: Any) -> Any:
         ids.insert(0, start)
     if not ids:
         raise ConfigError("the prompt is empty and the tokenizer has no beginning-of-text token to start from")
-    vocabulary = network.get_input_embeddings().num_embeddings
-    if max(ids) >= vocabulary:
-        raise ConfigError(
-            f"the tokenizer gives token {max(ids)}, the model has {vocabulary}: they do not belong together"
-        )
+    check_ids(max(ids), network)
     return torch.tensor([ids], device=network.device)
 
 

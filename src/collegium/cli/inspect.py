@@ -23,7 +23,9 @@ _SOURCES = {
 
 
 def run(
-    model: Annotated[Path, typer.Argument(help="A model folder: config.json and, if there are any, *.safetensors.")],
+    model: Annotated[
+        Path, typer.Argument(help="A folder with config.json and, if there are any, *.safetensors; or demo.")
+    ],
     verify: Annotated[
         bool, typer.Option("--verify", help="Also read every weight once and name a tensor with NaN or infinity.")
     ] = False,
@@ -34,10 +36,11 @@ def run(
     Only the config and the headers are read, so the size of the checkpoint does not matter. With missing shards or
     without weights the numbers are predicted from the config.
     """
+    from collegium.assets import model_folder
     from collegium.models.checkpoint import open_checkpoint
     from collegium.models.summary import summarize
 
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model_folder(model))
     summary = summarize(checkpoint)
     if verify:
         from collegium.cli._model import byte_progress

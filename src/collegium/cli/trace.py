@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,15 +12,14 @@ import typer
 
 if TYPE_CHECKING:
     from collegium.data.corpus import Corpus
+    from collegium.data.document import Split
     from collegium.trace import Trace
 
 __all__ = ["run"]
 
-_TEXTS = 64  # documents tokenised at a time
-
 
 def run(
-    model: Annotated[Path, typer.Argument(help="A model folder with MoE layers and a tokenizer.")],
+    model: Annotated[Path, typer.Argument(help="A folder with a MoE model and its tokenizer; or demo.")],
     data: Annotated[
         str, typer.Option("--data", help="'local', a folder of texts, a .jsonl or .parquet file, or a text file.")
     ],
@@ -58,6 +56,7 @@ def run(
     The trace is a folder of Parquet parts and can be read while it grows. Ctrl-C keeps what is there; --resume goes on.
     """
     from collegium.cli._model import open_folder, open_model, open_tokenizer, token_progress
+    from collegium.data import document_batches
     from collegium.data.tokenize import tokenizer_fingerprint
     from collegium.errors import ConfigError
     from collegium.trace import Trace, record, record_generate
@@ -66,19 +65,25 @@ def run(
     if max_new_tokens and resume:
         raise ConfigError("--resume cannot continue generated text; leave out --max-new-tokens, or start again")
     there = check_target(out, resume=resume, overwrite=overwrite)  # before a large model is read for nothing
-    fingerprint = open_folder(model, trust_remote_code=trust_remote_code).fingerprint
-    tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
+    checkpoint = open_folder(model, trust_remote_code=trust_remote_code)
+    tokenizer = open_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
     corpus = _open(data)
-    network = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    share = None if tokens is None else -(-tokens // len(corpus.domains))
-    sequences = _sequences(corpus, tokenizer, split, sequence_length, share)
-    batches = _batches(sequences, batch_size, network, left=max_new_tokens > 0)
+    network = open_model(checkpoint.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    batches = document_batches(
+        corpus,
+        tokenizer,
+        _split(split),
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        max_tokens=tokens,
+        left=max_new_tokens > 0,
+    )
     settings: dict[str, Any] = {
         "name": str(model),
-        "fingerprint": fingerprint,
+        "fingerprint": checkpoint.fingerprint,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": f"{corpus.name} ({corpus.fingerprint()}), split {split or 'all'}, {batch_size} x {sequence_length}"
-        + (f", at most {share} tokens of a domain" if share and len(corpus.domains) > 1 else ""),
+        + (f", {tokens} tokens shared among domains" if tokens and len(corpus.domains) > 1 else ""),
         "domains": corpus.domains,
         "logits": logits,
         "gate_inputs": gate_inputs,
@@ -92,9 +97,11 @@ def run(
         settings["progress"] = lambda count: progress.advance(bar, count)
         try:
             if max_new_tokens:
-                found = record_generate(network, batches, out, max_new_tokens=max_new_tokens, **settings)
+                found = record_generate(
+                    network, _checked(batches, network), out, max_new_tokens=max_new_tokens, **settings
+                )
             else:
-                found = record(network, batches, out, resume=resume, **settings)
+                found = record(network, _checked(batches, network), out, resume=resume, **settings)
         except KeyboardInterrupt:
             go_on = "" if max_new_tokens else ", --resume continues it"
             typer.echo(f"stopped; what was recorded is in {out}{go_on}", err=True)
@@ -125,6 +132,23 @@ def _report(trace: Trace, rate: float, as_json: bool) -> None:
         typer.echo(f"  {name}: {count:,}")
 
 
+def _checked(batches: Iterator[dict[str, Any]], network: Any) -> Iterator[dict[str, Any]]:
+    from collegium.cli._model import check_ids
+
+    for batch in batches:
+        check_ids(int(batch["input_ids"].max()), network)
+        yield batch
+
+
+def _split(name: str | None) -> Split | None:
+    from collegium.data.document import SPLITS
+    from collegium.errors import ConfigError
+
+    if name not in (None, *SPLITS):
+        raise ConfigError(f"no split is named {name!r}; the splits are {', '.join(SPLITS)}")
+    return next((split for split in SPLITS if split == name), None)
+
+
 def _open(data: str) -> Corpus:
     """A corpus, or one text file as a corpus of one document."""
     from collegium.data.corpus import Corpus, Document, open_corpus
@@ -138,63 +162,3 @@ def _open(data: str) -> Corpus:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a text file in UTF-8: {error}") from error
     return Corpus(str(path), [(Document(text, path.stem, path.name), None)] if text.strip() else [])
-
-
-def _sequences(
-    corpus: Corpus, tokenizer: Any, split: Any, length: int, share: int | None
-) -> Iterator[tuple[list[int], int, int]]:
-    """``(token ids, number of the document, domain)``; none holds two documents, none a domain's more than `share`.
-
-    Each document begins with the beginning-of-text token.
-    """
-    from itertools import islice
-
-    from collegium.data.tokenize import encode_texts
-
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    left = dict.fromkeys(corpus.domains, sys.maxsize if share is None else share)
-    wanted = (document for document in corpus.documents(split) if left[document.domain])
-    number = 0
-    while any(left.values()) and (group := list(islice(wanted, _TEXTS))):
-        for document, encoded in zip(group, encode_texts(tokenizer, [d.text for d in group]), strict=True):
-            ids = (start + encoded)[: left[document.domain]]
-            left[document.domain] -= len(ids)
-            for first in range(0, len(ids), length):
-                yield ids[first : first + length], number, corpus.domains.index(document.domain)
-            number += 1
-
-
-def _batches(
-    sequences: Iterator[tuple[list[int], int, int]], batch_size: int, network: Any, *, left: bool
-) -> Iterator[dict[str, Any]]:
-    """Sequences padded to the longest of their batch."""
-    from itertools import islice
-
-    while rows := list(islice(sequences, batch_size)):
-        yield _batch(rows, network, left)
-
-
-def _batch(rows: list[tuple[list[int], int, int]], network: Any, left: bool) -> dict[str, Any]:
-    import torch
-
-    from collegium.errors import ConfigError
-
-    width = max(len(ids) for ids, _, _ in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for number, (ids, _, _) in enumerate(rows):
-        place = slice(width - len(ids), width) if left else slice(0, len(ids))
-        input_ids[number, place] = torch.tensor(ids)
-        mask[number, place] = 1
-    vocabulary = network.get_input_embeddings().num_embeddings
-    if int(input_ids.max()) >= vocabulary:
-        raise ConfigError(
-            f"the tokenizer gives token {int(input_ids.max())}, the model has {vocabulary}: they do not belong together"
-        )
-    return {
-        "input_ids": input_ids,
-        # a mask without padding only costs attention its fast path
-        **({} if bool(mask.all()) and not left else {"attention_mask": mask}),
-        "document": torch.tensor([document for _, document, _ in rows]),
-        "domain": torch.tensor([domain for _, _, domain in rows]),
-    }

@@ -76,13 +76,17 @@ def compile_around_experts(model: Any) -> None:
     """Compile attention, norms and dense FFNs of every decoder layer in place.
 
     MoE blocks stay as they are: their shapes follow the routing, and their back ends are fused already.
+
+    Raises:
+        ConfigError: the model has no list of decoder layers.
     """
-    decoder = model.get_decoder()
-    for layer in decoder.layers:
+    layers = getattr(model.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ConfigError(f"run.compile: {type(model).__name__} has no list of decoder layers; leave it out")
+    for layer in layers:
         for part in layer.children():
             if not moe_layers(part):
                 part.compile()
-    decoder.norm.compile()
 
 
 @dataclass(frozen=True)

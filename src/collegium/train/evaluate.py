@@ -60,7 +60,7 @@ def evaluate(
     batch_size: int,
     *,
     sequences_per_domain: int | None = None,
-    mask_documents: bool = False,
+    mask_documents: bool = True,
     ranks: Ranks | None = None,
     precision: torch.dtype = torch.float32,
     objective: Objective | None = None,

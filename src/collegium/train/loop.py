@@ -32,6 +32,7 @@ from collegium.train.journal import Journal
 from collegium.train.objective import Objective
 from collegium.train.optim import build_optimizer, clip_, first_non_finite, gradient_norm
 from collegium.train.prepare import prepare
+from collegium.train.progress import ProgressLine
 from collegium.train.ranks import Ranks, open_ranks
 from collegium.train.recipe import Recipe
 from collegium.train.schedule import build_schedule
@@ -51,7 +52,8 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = True) -> dict[str, 
     Args:
         recipe: what to do.
         out: the run's folder.
-        resume: go on where the newest complete checkpoint in `out` ends; False removes what an earlier run left there.
+        resume: go on where the newest complete checkpoint in `out` ends (a finished run only gives its summary); False
+            removes what an earlier run left there.
 
     Returns:
         what ``summary.json`` holds, or where the run stopped (``"interrupted": True``).
@@ -62,8 +64,12 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = True) -> dict[str, 
         NonFiniteError: the loss or a gradient became NaN or infinite; names the step and the first such tensor.
         StorageError: something could not be written; earlier checkpoints are intact.
     """
+    out = Path(out)
     with open_ranks() as ranks:
-        return _Trainer(recipe, Path(out), ranks, resume).run()
+        if resume and (finished := _finished(recipe, out)) is not None:
+            ProgressLine(recipe.steps, quiet=not ranks.first).say(f"{out} holds this very run, finished")
+            return finished
+        return _Trainer(recipe, out, ranks, resume).run()
 
 
 class _Trainer:
@@ -83,10 +89,12 @@ class _Trainer:
         found = latest(out / "checkpoints")
         if found is not None:
             self._check_resumable(*found)
+        elif (out / "summary.json").exists():
+            raise ConfigError(f"{out} holds a finished run of another recipe; use another folder, or start afresh")
         self.data = prepare(recipe, ranks)
         if found is not None and found[1].data != self.data.fingerprint:
             raise DataError(f"{found[0]} was trained on other text than {recipe.data.corpus} now holds; start afresh")
-        self.model: Any = build_model(recipe, self.data.tokenizer) if found is None else models.load(found[0] / "model")
+        self.model: Any = build_model(recipe, self.data.tokenizer) if found is None else _load(found[0])
         self.model.to(ranks.device).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, recipe.optim)
@@ -115,6 +123,8 @@ class _Trainer:
         every, steps = self.recipe.run, self.recipe.steps
         with StopRequest() as stop, Journal(self.recipe, self.out, self.progress, active=self.ranks.first) as journal:
             if self.ranks.first:
+                # a summary and the recipe beside it always belong together
+                (self.out / "summary.json").unlink(missing_ok=True)
                 with atomic_file(self.out / "recipe.yaml") as partial:
                     partial.write_text(self.recipe.dump(), encoding="utf-8")
             if self.progress.step:
@@ -262,6 +272,18 @@ class _Trainer:
                 file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         self.ranks.barrier()
         return summary
+
+
+def _load(path: Path) -> Any:
+    return models.load(path / "model", dtype=torch.float32)
+
+
+def _finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
+    """The summary in `out` if it is that of a finished run of `recipe`."""
+    if not (out / "summary.json").is_file() or Recipe.load(out / "recipe.yaml") != recipe:
+        return None
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    return summary
 
 
 def _due(step: int, every: int) -> bool:

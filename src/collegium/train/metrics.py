@@ -8,8 +8,10 @@ text and ``domains`` with each domain's.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -49,7 +51,10 @@ class MetricsFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
             if self._file.tell() < keep:
-                raise StorageError(f"{path} holds {self._file.tell()} bytes, its checkpoint recorded {keep}")
+                raise StorageError(
+                    f"{path} holds {self._file.tell()} bytes, the checkpoint to resume from recorded {keep}: it was "
+                    "changed since; put it back, or start afresh"
+                )
             self._file.truncate(keep)
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error}") from error
@@ -98,13 +103,16 @@ class _Trackio:
         import trackio
 
         self._trackio: Any = trackio
-        trackio.init(project="collegium", name=out.resolve().name, config=recipe)
+        # it prints greetings, and standard output may be our JSON
+        with contextlib.redirect_stdout(sys.stderr):
+            trackio.init(project="collegium", name=out.resolve().name, config=recipe)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._trackio.log(values, step=step)
 
     def close(self) -> None:
-        self._trackio.finish()
+        with contextlib.redirect_stdout(sys.stderr):
+            self._trackio.finish()
 
 
 def open_logger(name: str, out: Path, recipe: dict[str, Any]) -> Logger:

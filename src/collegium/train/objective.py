@@ -39,7 +39,11 @@ class Objective:
         hidden, target = self._predict(inputs)
         if self.weight is None:
             return F.cross_entropy(hidden.float(), target, reduction="sum") / divisor
-        loss: Tensor = _HeadLoss.apply(hidden, self.weight, target, 1.0 / divisor)
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            loss: Tensor = _HeadLoss.apply(hidden, self.weight, target, 1.0 / divisor)
         return loss
 
     @torch.no_grad()
@@ -78,7 +82,8 @@ def _plain_head(model: Any) -> nn.Parameter | None:
         probe = torch.arange(2, device=head.weight.device)[None]
         hidden = decoder()(input_ids=probe, use_cache=False).last_hidden_state
         # one matrix product of the same operands both times: equal, or a different function
-        plain = torch.equal(head(hidden), model(input_ids=probe, use_cache=False).logits)
+        logits = head(hidden)
+        plain = bool(logits.any()) and torch.equal(logits, model(input_ids=probe, use_cache=False).logits)
     model.train(training)
     return head.weight if plain else None
 
@@ -97,7 +102,6 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, scale: float) -> Tensor:
-        # inside autocast the decoder's output is already in the reduced type; the logits follow it
         operand = weight.detach().to(hidden.dtype)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)

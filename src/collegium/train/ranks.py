@@ -46,15 +46,15 @@ class Ranks:
         """Sum gradients over all processes with one all-reduce per dtype.
 
         A parameter that got no gradient here (an expert without tokens) takes part with zeros, because it may have
-        got one elsewhere.
+        got one elsewhere. With one process it gets zeros too, so that the optimizer treats it alike.
         """
-        if self.mesh is None:
-            return
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
+        if self.mesh is None:
+            return
         for grads in by_dtype.values():
             flat = self.sum_(torch.cat([g.reshape(-1) for g in grads]))
             for g, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
