@@ -1,6 +1,6 @@
 """The readable back end: a loop over experts. Slow, and the oracle for all others.
 
-Legend: T tokens, E experts, A assignments, d model width, f expert width, u = 2f for gated experts, f for plain ones.
+Legend: T tokens, E experts, d model width.
 """
 
 from __future__ import annotations
@@ -17,32 +17,31 @@ __all__ = ["reference"]
 
 @method("reference", kind="compute", paper="Sparsely-Gated Mixture-of-Experts (2017)", arxiv="1701.06538")
 def reference(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
-    """``y[t] = sum over t's assignments of weight * expert(x[t])``, summed in float32.
+    """``y[t] = sum over t's assignments of weight * expert(x[t])``, everything in float32 at least.
 
     Args:
-        x: ``[T, d]``, of the weights' dtype.
-        routing: any record, ragged and with dropped assignments too.
-        weights: the layer's experts.
+        x: ``[T, d]``.
+        routing: any record; ragged, and with dropped assignments.
+        weights: the layer's experts, any layout.
 
     Returns:
-        ``[T, d]`` in x's dtype, differentiable in x, the weights and the combine weights.
+        ``[T, d]`` in x's dtype, differentiable (twice, too) in x, the weights and the combine weights.
     """
     dispatch = routing.dispatch()
-    bounds = dispatch.offsets.tolist()
-    y = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    for e in range(weights.num_experts):
-        rows = slice(bounds[e], bounds[e + 1])
-        if rows.start == rows.stop:
-            continue
+    exact = torch.promote_types(torch.promote_types(x.dtype, weights.up.dtype), torch.float32)
+    y = torch.zeros(x.shape, dtype=exact, device=x.device)
+    # experts without rows go through the loop too: their gradients are zeros, not missing
+    matrices = zip(weights.up_t.unbind(0), weights.down_t.unbind(0), strict=True)
+    for e, (up, down) in enumerate(matrices):
+        rows = slice(dispatch.offsets[e], dispatch.offsets[e + 1])
         token = dispatch.token[rows]
-        h = x[token] @ weights.up_t[e]
+        hidden = x[token].to(exact) @ up.to(exact)
         if weights.up_bias is not None:
-            h = h + weights.up_bias[e]
-        out = weights.activation(h) @ weights.down_t[e]
+            hidden = hidden + weights.up_bias[e]
+        out = weights.activation(hidden) @ down.to(exact)
         if weights.down_bias is not None:
             out = out + weights.down_bias[e]
         if weights.post_norm is not None:
             out = weights.post_norm(out)
-        combine = routing.weight[dispatch.order[rows]]
-        y = y.index_add(0, token, (out * combine[:, None]).to(y.dtype))
+        y = y.index_add(0, token, (out * routing.weight[dispatch.order[rows], None]).to(exact))
     return y.to(x.dtype)
