@@ -30,7 +30,7 @@ def methods_table() -> str:
 def bench_table(name: str) -> str:
     """The rows of one stored benchmark run (``collegium bench NAME --json``)."""
     rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
-    head = "| point | ours | best peer | ratio | goal | met | limit | share |\n|---|---|---|---|---|---|---|---|"
+    head = "| point | ours, ms | peer, ms | by | ratio | goal | met | limit | share |\n|---|---|---|---|---|---|---|---|---|"
     return "\n".join([head, *map(_bench_row, rows)])
 
 
@@ -38,7 +38,8 @@ def _bench_row(row: dict[str, Any]) -> str:
     goal = "" if row["goal"] is None else f"{row['goal']:.2f}"
     share = "" if row["share"] is None else f"{row['share']:.0%}"
     met = {True: "yes", False: "**no**", None: ""}[row["met"]]
-    return f"| {row['name']} | {row['ours']} | {row['peer']} | {row['ratio']:.2f} | {goal} | {met} | {row['limit']} | {share} |"
+    times = f"{row['ours'] * 1e3:.2f} | {row['peer'] * 1e3:.2f} | {row['peer_name']}"
+    return f"| {row['name']} | {times} | {row['ratio']:.2f} | {goal} | {met} | {row['limit']} | {share} |"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -71,7 +71,7 @@ def test_bad_input_is_one_line(model: Path, tmp_path: Path, monkeypatch, capsys)
     def error(*arguments: object) -> str:
         return refused(monkeypatch, capsys, "generate", *arguments)
 
-    assert "is not a folder" in error(tmp_path / "nowhere", PROMPT)
+    assert "no model folder" in error(tmp_path / "nowhere", PROMPT)
     assert "has no tokenizer; put one there" in error(model_folder(tmp_path, "olmoe", tokenizer=False), PROMPT)
     assert "temperature must be above 0" in error(model, PROMPT, "--temperature", "0")
     assert "top_p must be above 0" in error(model, PROMPT, "--top-p", "1.5")

@@ -104,4 +104,4 @@ def test_damaged_files_are_one_line(tmp_path: Path, monkeypatch, capsys) -> None
     file.write_bytes(flipped)
     assert "must hold exactly dtype" in refused(monkeypatch, capsys, "inspect", folder)
     shutil.rmtree(folder)
-    assert "is not a folder" in refused(monkeypatch, capsys, "inspect", folder)
+    assert "no model folder" in refused(monkeypatch, capsys, "inspect", folder)

@@ -126,7 +126,7 @@ def test_bad_input_is_one_line(model: Path, tmp_path: Path, monkeypatch, capsys)
 
     assert "has no MoE block" in trace(model_folder(tmp_path, "llama"))
     assert "no tokenizer" in trace(model_folder(tmp_path, "olmoe", tokenizer=False))
-    assert "is not a folder" in trace(tmp_path / "nowhere")
+    assert "no model folder" in trace(tmp_path / "nowhere")
     assert "dtype 'int3' is none of float32" in trace(model, "--dtype", "int3")
     assert "device 'abacus' is not there" in trace(model, "--device", "abacus")
     assert "gate_inputs is a share" in trace(model, "--gate-inputs", "2")

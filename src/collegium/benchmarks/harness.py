@@ -1,0 +1,118 @@
+"""The form of every benchmark: rows that compare us with a peer in one run, beside the physical limit.
+
+A benchmark is a module of this package with a docstring and a function ``run(quick, say) -> Iterator[Row]``;
+``collegium bench NAME`` finds it by its file name. `say` takes a line about what is being measured.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from collegium.errors import ConfigError
+
+__all__ = ["Row", "Say", "benchmarks", "find", "gemm_rate", "medians", "memory_bandwidth"]
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One point of a benchmark.
+
+    Attributes:
+        name: what was measured.
+        ours, peer: median seconds of a call.
+        peer_name: which peer that was; where there are several, the fastest.
+        goal: what `ratio` should reach, or None.
+        limit: the physical bound in words and numbers.
+        share: the part of that bound that we reach (1 is all of it), or None where there is none.
+    """
+
+    name: str
+    ours: float
+    peer: float
+    peer_name: str
+    goal: float | None = None
+    limit: str = ""
+    share: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as the peer we are: above 1 is better for us."""
+        return self.peer / self.ours
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is reached; None without a goal."""
+        return None if self.goal is None else self.ratio >= self.goal
+
+    def record(self) -> dict[str, Any]:
+        """The row as plain data."""
+        fields = ("name", "ours", "peer", "peer_name", "ratio", "goal", "met", "limit", "share")
+        return {name: getattr(self, name) for name in fields}
+
+
+def benchmarks() -> list[str]:
+    """Names of all benchmarks."""
+    package = importlib.import_module("collegium.benchmarks")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "harness")
+
+
+def find(name: str) -> ModuleType:
+    """The module of a benchmark.
+
+    Raises:
+        ConfigError: there is none of that name; the message lists them.
+    """
+    if name not in benchmarks():
+        raise ConfigError(f"no benchmark is named {name!r}; there are {', '.join(benchmarks())}")
+    return importlib.import_module(f"collegium.benchmarks.{name}")
+
+
+def medians(calls: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, float]:
+    """Median seconds of each call, taken in turns (A B C A B C ...), so that a machine's moods hit all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(warmup + repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def memory_bandwidth(nbytes: int = 1 << 30, repeats: int = 5) -> float:
+    """Bytes per second that this machine reads from memory with all of torch's threads.
+
+    The fastest of several sums over an array much larger than the caches.
+    """
+    array = torch.ones(nbytes // 4)
+    best = min(_seconds(array.sum) for _ in range(repeats))
+    return nbytes / best
+
+
+def gemm_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
+    """Floating-point operations per second of torch's matrix product of two square matrices, the fastest of several."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    best = min(_seconds(lambda: a @ b) for _ in range(repeats + 1))
+    return 2 * size**3 / best
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def rows(name: str, quick: bool, say: Say) -> Iterator[Row]:
+    """Run a benchmark; rows come as they are measured."""
+    yield from find(name).run(quick, say)

@@ -1,0 +1,63 @@
+"""``collegium bench``: measure against a peer in the same run."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from collegium.benchmarks.harness import Row
+
+__all__ = ["run"]
+
+
+def run(
+    name: Annotated[str, typer.Argument(help="Which benchmark; without one they are listed.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="A few points only.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Run a benchmark: our time, the best peer's, the ratio (above 1 is better for us), and the physical limit.
+
+    Ratios are of medians, both sides taken in turns in one run. Exit status 1 if a goal is missed.
+    """
+    from rich.console import Console
+
+    from collegium.benchmarks.harness import benchmarks, find, rows
+
+    if not name:
+        for known in benchmarks():
+            typer.echo(f"{known}: {(find(known).__doc__ or '').splitlines()[0]}")
+        return
+    find(name)
+    with Console(stderr=True).status(f"bench {name}") as status:
+        found = list(rows(name, quick, status.update))
+    if as_json:
+        typer.echo(json.dumps({"name": name, "quick": quick, "rows": [row.record() for row in found]}, indent=2))
+    else:
+        Console().print(_table(name, found))
+    if any(row.met is False for row in found):
+        raise typer.Exit(1)
+
+
+def _table(name: str, found: list[Row]) -> Table:
+    from rich.table import Table
+
+    table = Table("point", "ours", "peer", "by", "ratio", "goal", "limit", "share", title=f"bench {name}")
+    for row in found:
+        goal = "" if row.goal is None else f"{row.goal:.2f} {'met' if row.met else '[bold red]missed[/]'}"
+        share = "" if row.share is None else f"{row.share:.0%}"
+        table.add_row(
+            row.name,
+            f"{row.ours * 1e3:.2f} ms",
+            f"{row.peer * 1e3:.2f} ms",
+            row.peer_name,
+            f"{row.ratio:.2f}",
+            goal,
+            row.limit,
+            share,
+        )
+    return table
