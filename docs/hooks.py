@@ -1,4 +1,4 @@
-"""Documentation that is computed: the table of methods from the catalogue, the tables of benchmarks from their results."""
+"""Documentation that is computed: methods from the catalogue, benchmark tables from stored results."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def methods_table() -> str:
 def bench_table(name: str) -> str:
     """The rows of one stored benchmark run (``collegium bench NAME --json``)."""
     rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
-    head = "| point | ours, ms | peer, ms | by | ratio | goal | met | limit | share |\n|---|---|---|---|---|---|---|---|---|"
-    return "\n".join([head, *map(_bench_row, rows)])
+    head = "| point | ours, ms | peer, ms | by | ratio | goal | met | limit | share |"
+    return "\n".join([head, "|---" * 9 + "|", *map(_bench_row, rows)])
 
 
 def _bench_row(row: dict[str, Any]) -> str:
