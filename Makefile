@@ -14,7 +14,7 @@ test: $(STAMP)   ## lint, type-check, architecture floors, fast tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
-	$(BIN)/pytest -m "not claim and not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not claim and not slow" -n 2 --dist loadfile
 
 claims: $(STAMP) ## the claim experiments; writes src/collegium/claims.json
 	$(BIN)/pytest -m claim tests/claims

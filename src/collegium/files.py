@@ -74,7 +74,8 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
             raise
         raise _storage_error(target, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a parent that is no folder; the error above says it better
+            partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
