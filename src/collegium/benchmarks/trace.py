@@ -28,7 +28,7 @@ def run(quick: bool, say: Say) -> Iterator[Row]:
     """Ids and weights alone, which the goal is for, and with logits."""
     model = _model(layers=2 if quick else 8)
     generator = torch.Generator().manual_seed(0)
-    data = [torch.randint(VOCABULARY, (2 if quick else 4, 512), generator=generator) for _ in range(2 if quick else 4)]
+    data = [torch.randint(VOCABULARY, (4, 512), generator=generator) for _ in range(4)]
     tokens = sum(ids.numel() for ids in data)
     say(f"{tokens} tokens through {model.config.num_hidden_layers} layers, with and without a trace")
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ from collegium.experts.weights import ExpertWeights
 
 __all__ = ["expert_weights"]
 
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
 # what the decorator gives to a class that has no gate of its own
@@ -48,5 +48,6 @@ def expert_weights(module: Any) -> ExpertWeights:
         gated=gated,
         interleaved=not module.is_concatenated,
         fused_activation=name_of(act_fn) if plain else None,
-        post_norm=module.post_expert_norm if module.has_post_expert_norm else None,
+        # older releases of transformers have no experts with a norm, and no flag for it
+        post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
     )
