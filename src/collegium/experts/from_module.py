@@ -36,7 +36,7 @@ def expert_weights(module: Any) -> ExpertWeights:
         raise UnsupportedFamilyError(
             f"{type(module).__name__} is not an experts module of transformers' common seam: no {', '.join(lacking)}"
         )
-    act_fn = getattr(module, "act_fn", None)
+    act_fn: Any = getattr(module, "act_fn", None)
     plain = not gated or (type(module)._apply_gate is _DEFAULT_GATE and module.is_concatenated)
     return ExpertWeights(
         up=getattr(module, up),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -15,7 +16,7 @@ from collegium.measure import DomainInformation, Load
 
 __all__ = ["domain_figure", "load_figure"]
 
-_STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
+_STYLE: Any = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def load_figure(loads: Sequence[Load], target: Path) -> None:
@@ -48,7 +49,8 @@ def domain_figure(information: Sequence[DomainInformation], target: Path) -> Non
         C, E = information[0].share.shape
         size = (columns * min(3 + 0.2 * E, 9), rows * (1.0 + 0.22 * C) + 2.4)
         figure = Figure(figsize=size, layout="constrained")
-        heats, below = figure.subfigures(2, 1, height_ratios=[size[1] - 2.2, 2.2])
+        parts: Any = figure.subfigures(2, 1, height_ratios=[size[1] - 2.2, 2.2])
+        heats, below = parts
         axes = heats.subplots(rows, columns, squeeze=False).flat
         for axis, layer in zip(axes, information, strict=False):
             image = _domain_heat(axis, layer)
