@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from collegium.errors import CheckpointError, ConfigError
 
@@ -12,7 +14,23 @@ if TYPE_CHECKING:
 
     from collegium.models.checkpoint import Checkpoint
 
-__all__ = ["byte_progress", "check_ids", "open_folder", "open_model", "open_tokenizer", "token_progress"]
+__all__ = [
+    "Device",
+    "Dtype",
+    "TrustRemoteCode",
+    "byte_progress",
+    "check_ids",
+    "open_folder",
+    "open_model",
+    "open_tokenizer",
+    "token_progress",
+]
+
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; else the config's.")]
+Device = Annotated[str | None, typer.Option("--device", help="Where to run, for example cpu or cuda.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Execute code that came with the checkpoint.")
+]
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from collegium.cli._model import Device, Dtype, TrustRemoteCode
+
 __all__ = ["run"]
 
 
@@ -28,13 +30,9 @@ def run(
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token; no sampling.")] = False,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print tokens as they come.")] = True,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; else the config's.")
-    ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Where to run, for example cpu or cuda.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Execute code that came with the checkpoint.")
-    ] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON when done; no streaming.")] = False,
 ) -> None:
     """Continue a prompt with a model, MoE or dense. Options left out are those of the model's generation config."""

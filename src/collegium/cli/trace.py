@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from collegium.cli._model import Device, Dtype, TrustRemoteCode
+
 if TYPE_CHECKING:
     from collegium.data.corpus import Corpus
     from collegium.data.document import Split
@@ -42,13 +44,9 @@ def run(
     ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a trace that was cut short.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a trace that is there.")] = False,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; else the config's.")
-    ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Where to run, for example cpu or cuda.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Execute code that came with the checkpoint.")
-    ] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Record the routing of a model over a corpus: every token, every MoE layer, with domains and documents.
