@@ -62,7 +62,7 @@ def run(
     if as_json:
         typer.echo(json.dumps(_plain(results), indent=2))
         return
-    _show_scores(console, scores, moe, dense)
+    _show_scores(console, scores)
     _show_load(console, results["load"])
     _show_domains(console, results["information"])
     _show_files(console, out, len(trace), results["seconds"])
@@ -163,15 +163,18 @@ def _plain(results: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "layers": layers}
 
 
-def _show_scores(console: Console, scores: dict[str, dict[str, float]], moe: Any, dense: Any) -> None:
+def _show_scores(console: Console, scores: dict[str, dict[str, float]]) -> None:
     from rich.table import Table
 
-    from collegium.train import count_parameters
+    from collegium.assets import SHIPPED
+    from collegium.models.checkpoint import open_checkpoint
+    from collegium.models.summary import summarize
 
-    sizes = [count_parameters(model) for model in (moe, dense)]
+    sizes = [summarize(open_checkpoint(folder)) for folder in SHIPPED.values()]
     title = "bits per byte of held-out text from this machine (lower is better)"
     heads = [
-        f"{name}\n{s.active / 1e6:.2f}M of {s.total / 1e6:.2f}M active" for name, s in zip(scores, sizes, strict=True)
+        f"{name}\n{size.active_parameters or 0:,} of {size.parameters:,} parameters active"
+        for name, size in zip(scores, sizes, strict=True)
     ]
     table = Table("domain", *heads, "MoE saves", title=title)
     for domain in scores["moe"]:
