@@ -14,12 +14,13 @@ SHIPPED = {"demo": _HERE / "demo", "demo-dense": _HERE / "demo-dense"}
 
 
 def model_folder(name: str | Path) -> Path:
-    """The folder of a model: one of `SHIPPED` by its name, or a path as it is.
+    """The folder of a model: one of `SHIPPED` by its name, or a path as it is, which wins where it holds a model.
 
     Raises:
         ModelError: there is no such folder; the message lists the shipped names.
     """
-    if str(name) in SHIPPED and not Path(name).is_dir():
+    # `collegium demo` leaves a folder of that name, which is no model
+    if str(name) in SHIPPED and not (Path(name) / "config.json").is_file():
         return SHIPPED[str(name)]
     folder = Path(name)
     if not folder.is_dir():

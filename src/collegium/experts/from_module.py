@@ -37,11 +37,13 @@ def expert_weights(module: Any) -> ExpertWeights:
             f"{type(module).__name__} is not an experts module of transformers' common seam: no {', '.join(lacking)}"
         )
     act_fn: Any = getattr(module, "act_fn", None)
-    plain = not gated or (type(module)._apply_gate is _DEFAULT_GATE and module.is_concatenated)
+    # the bound method, not the class's: a wrapper around the module hands on its methods
+    gate = getattr(module, "_apply_gate", None)
+    plain = not gated or (getattr(gate, "__func__", None) is _DEFAULT_GATE and module.is_concatenated)
     return ExpertWeights(
         up=getattr(module, up),
         down=module.down_proj,
-        activation=module._apply_gate if gated else act_fn,
+        activation=gate if gated and gate is not None else act_fn,
         up_bias=getattr(module, f"{up}_bias") if module.has_bias else None,
         down_bias=module.down_proj_bias if module.has_bias else None,
         transposed=module.is_transposed,
