@@ -23,7 +23,7 @@ from collegium.routing import Routing
 
 BACKENDS = [m.name for m in methods("compute")]
 FAST = [name for name in BACKENDS if name != "reference"]
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
 """Largest difference relative to the largest value. bfloat16 keeps 8 bits, and sums round more than once."""
 
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -76,7 +76,8 @@ def test_a_wrapped_model_goes_back_to_its_own_family_with_copies() -> None:
     plain = export(model, "qwen2_moe")
     assert moe_layers(plain) == []
     assert not hasattr(plain.config, "collegium")
-    assert torch.equal(logits(plain), logits(model))
+    # our kernels and transformers' sum in another order
+    torch.testing.assert_close(logits(plain), logits(model), rtol=0, atol=1e-5)
     with torch.no_grad():
         moe_layers(model)[0].gate.weight.zero_()
     assert plain.model.layers[0].mlp.gate.weight.abs().max() > 0
