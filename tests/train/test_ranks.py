@@ -68,7 +68,8 @@ def test_two_processes_equal_one(launched: Path, tmp_path: Path, name: str) -> N
     one = train(plan, tmp_path)
     two, single = (load_file(folder / "model" / "model.safetensors") for folder in (launched / name, tmp_path))
     for key, tensor in single.items():
-        torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=1e-5, msg=key)
+        # AdamW divides by the gradient's size: rounding in one near zero moves a weight by a part of lr = 3e-3
+        torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=5e-5, msg=lambda m, key=key: f"{key}: {m}")
     tables = [read_metrics(folder / "metrics.jsonl") for folder in (launched / name, tmp_path)]
     assert tables[0]["step"].to_list() == tables[1]["step"].to_list()
     for column in ("loss", "load_balancing", "z_loss", "max_violation", "grad_norm", "bits_per_byte"):

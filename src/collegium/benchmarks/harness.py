@@ -93,11 +93,11 @@ def medians(calls: Mapping[str, Callable[[], object]], repeats: int, warmup: int
 def memory_bandwidth(nbytes: int = 1 << 30, repeats: int = 5) -> float:
     """Bytes per second that this machine reads from memory with all of torch's threads.
 
-    The fastest of several sums over an array much larger than the caches.
+    The fastest of several sums, and matrix-vector products, over an array much larger than the caches.
     """
-    array = torch.ones(nbytes // 4)
-    best = min(_seconds(array.sum) for _ in range(repeats))
-    return nbytes / best
+    matrix, vector = torch.ones(nbytes // 8192, 2048), torch.ones(2048)
+    best = min(_seconds(call) for _ in range(repeats) for call in (matrix.sum, lambda: matrix @ vector))
+    return matrix.nbytes / best
 
 
 def gemm_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:

@@ -33,8 +33,10 @@ def run(
             typer.echo(f"{known}: {(find(known).__doc__ or '').splitlines()[0]}")
         return
     find(name)
-    with Console(stderr=True).status(f"bench {name}") as status:
-        found = list(rows(name, quick, status.update))
+    console = Console(stderr=True)
+    with console.status(f"bench {name}") as status:
+        # a log file shows no moving status line; there each point leaves a line
+        found = list(rows(name, quick, status.update if console.is_terminal else console.print))
     if as_json:
         typer.echo(json.dumps({"name": name, "quick": quick, "rows": [row.record() for row in found]}, indent=2))
     else:

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = [
-    "BIAS_IS_PARAMETER",
-    "KEYS",
-    "SCORES",
-    "TOP_K",
-    "lookup",
-]
+__all__ = ["BIAS_IS_PARAMETER", "KEYS", "TOP_K", "lookup"]
 
 KEYS: dict[str, tuple[str, ...]] = {
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"),
@@ -44,21 +38,6 @@ _SECTIONS = (
     "ffn_config",
     "thinker_config.text_config",
 )
-
-_SIGMOID = """
-    afmoe axk1 axk2 bailing_hybrid beam deepseek_v3 deepseek_v32 dots1 dots3_note exaone_moe flint glm4_moe
-    glm4_moe_lite glm4v_moe glm5_next glm_moe_dsa hy_v3 hy_v4 inkling kimi_k2 kimi_linear kolibri1 laguna lfm2_moe
-    llama4 mimo_v2_flash minimax_m2 minimax_m3_vl muse_spark nemotron_h solar_open step3p5 step3p7
-"""
-_SOFTMAX = """
-    aria dbrx deepseek_ocr2 deepseek_v2 diffusion_gemma doge ernie4_5_moe ernie4_5_vl_moe flex_olmo gemma4 gpt_oss
-    granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe jamba jetmoe longcat_flash mellum minimax
-    mistral4 mistral_large4 mixtral nllb-moe olmoe openai_privacy_filter phimoe qwen2_moe qwen3_5_moe qwen3_moe
-    qwen3_next qwen3_omni_moe qwen3_vl_moe qwen4_exp switch_transformers unlimited_ocr zaya
-"""
-SCORES: dict[str, str] = dict.fromkeys(_SIGMOID.split(), "sigmoid") | dict.fromkeys(_SOFTMAX.split(), "softmax")
-"""model_type, without the ``_text`` of a sub-config -> score function, where the config does not say. A softmax over
-the chosen k is softmax with renormalised weights, and sparsemixer's probabilities are a softmax: both are listed so."""
 
 TOP_K: dict[str, int] = {"switch_transformers": 1, "nllb-moe": 2}
 """K of families whose config has no key for it."""

@@ -14,8 +14,9 @@ from functools import lru_cache
 from typing import Any
 
 from collegium.errors import CheckpointError, RemoteCodeError
+from collegium.family_scores import family_score
 from collegium.models.checkpoint import BITS, Checkpoint, TensorInfo, refuse_remote_code
-from collegium.models.families import BIAS_IS_PARAMETER, SCORES, TOP_K, lookup
+from collegium.models.families import BIAS_IS_PARAMETER, TOP_K, lookup
 
 __all__ = ["PARTS", "LayerSummary", "Summary", "part_of", "predict_tensors", "summarize"]
 
@@ -245,7 +246,7 @@ def _text_family(config: dict[str, Any]) -> str:
 
 def _score(config: dict[str, Any], family: str) -> str | None:
     named = lookup(config, "score")
-    return named if isinstance(named, str) else SCORES.get(family.removesuffix("_text"))
+    return named if isinstance(named, str) else family_score(family)
 
 
 @lru_cache(maxsize=1 << 17)

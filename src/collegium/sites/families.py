@@ -4,23 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from collegium.family_scores import family_score
+
 __all__ = ["UNSUPPORTED", "logits_module", "score_of"]
-
-_SIGMOID = """
-    afmoe axk1 axk2 bailing_hybrid beam deepseek_v3 deepseek_v32 dots1 dots3_note exaone_moe flint glm4_moe
-    glm4_moe_lite glm4v_moe glm5_next glm_moe_dsa hy_v3 hy_v4 inkling inkling2 kimi_linear kolibri1 laguna lfm2_moe
-    llama4 mimo_v2_flash minimax_m2 minimax_m3_vl muse_spark nemotron_h solar_open
-"""
-_SOFTMAX = """
-    aria deepseek_ocr2 deepseek_v2 diffusion_gemma ernie4_5_moe ernie4_5_vl_moe flex_olmo gemma4 gpt_oss granitemoe
-    granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe jamba mellum minimax mistral4 mistral_large4
-    mixtral nllb-moe olmoe openai_privacy_filter phimoe qwen2_moe qwen3_5_moe qwen3_moe qwen3_next qwen3_omni_moe
-    qwen3_vl_moe qwen4_exp switch_transformers unlimited_ocr zaya
-"""
-_SCORES = dict.fromkeys(_SIGMOID.split(), "sigmoid") | dict.fromkeys(_SOFTMAX.split(), "softmax")
-
-_PARTS = ("_text", "_talker_text", "_vision_encoder")
-"""Endings that multimodal models put behind the family's name in the ``model_type`` of a sub-config."""
 
 UNSUPPORTED = {
     "dbrx": "its experts are flattened into one matrix and its gate returns logits only",
@@ -39,10 +25,7 @@ def score_of(family: str, config: Any) -> str:
     for name in ("scoring_func", "expert_selection_fn"):
         if isinstance(getattr(config, name, None), str):
             return getattr(config, name)
-    for ending in ("", *_PARTS):
-        if family.endswith(ending) and family.removesuffix(ending) in _SCORES:
-            return _SCORES[family.removesuffix(ending)]
-    return "unknown"
+    return family_score(family) or "unknown"
 
 
 def logits_module(family: str) -> str | None:

@@ -19,11 +19,12 @@ from collegium.errors import ConfigError
 from collegium.experts.compute import cpu as _cpu
 from collegium.experts.compute import grouped as _grouped
 from collegium.experts.compute import jit
+from collegium.experts.compute.cpu_memory import release_gradient_memory
 from collegium.experts.compute.reference import reference
 from collegium.experts.weights import ExpertWeights
 from collegium.routing.record import Routing
 
-__all__ = ["backends", "choose", "compute", "reference"]
+__all__ = ["backends", "choose", "compute", "reference", "release_gradient_memory"]
 
 _WHY_NOT: dict[str, Callable[[Tensor, ExpertWeights], str | None]] = {
     "cpu": _cpu.why_not,

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from collegium.catalog import method
 from collegium.experts.activations import KNOWN
-from collegium.experts.compute.cpu_products import Group, Products, add_rows, lazy_zeros
+from collegium.experts.compute.cpu_memory import gradient_like, lazy_zeros
+from collegium.experts.compute.cpu_products import Group, Products, add_rows
 from collegium.experts.compute.jit import missing
 from collegium.experts.compute.rows import bounds, run_rows
 from collegium.experts.weights import ExpertWeights
@@ -158,8 +158,8 @@ class _Experts(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
         with torch.autocast("cpu", enabled=False):
             return None, *_Backward(ctx).run(dy)
 
@@ -176,8 +176,9 @@ class _Backward:
         self.d_hidden = torch.empty(n, self.down.shape[1 if self.plan.transposed else 2])
         self.d_x = torch.zeros(self.x.shape) if need_x else None
         self.d_weight_rows = torch.zeros(len(self.plan.token)) if need_weight else None
-        self.d_up = lazy_zeros(self.up.shape, self.up.dtype) if need_up else None
-        self.d_down = lazy_zeros(self.down.shape, self.down.dtype) if need_down else None
+        hit = [e for chunk in self.plan.chunks for e, _, _ in chunk.groups]
+        self.d_up = gradient_like(self.up, hit) if need_up else None
+        self.d_down = gradient_like(self.down, hit) if need_down else None
         self.d_up_bias = torch.zeros(self.up_bias.shape) if need_up_bias else None
         self.d_down_bias = torch.zeros(self.down_bias.shape) if need_down_bias else None
         self.need_pre = need_x or need_up or need_up_bias
@@ -229,6 +230,14 @@ class _Backward:
             add_rows(self.d_x, token, d_rows)
 
 
+def _refuse_second_derivative() -> None:
+    # once_differentiable lets the commonest case pass: after y.sum() it would be taken for zero
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the 'cpu' back end of experts has no second derivative (create_graph=True); choose compute='reference'"
+        )
+
+
 def _add_sums(bias_gradient: Tensor | None, rows: Tensor, groups: list[Group]) -> None:
     if bias_gradient is not None:
         for e, first, last in groups:
@@ -247,13 +256,13 @@ class _Linear(torch.autograd.Function):
         return _Layer(transposed).linear(rows, w, bias, groups, torch.empty(len(rows), w.shape[2 if transposed else 1]))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
         (rows, w), layer, groups = ctx.saved_tensors, _Layer(ctx.transposed), ctx.groups
         _, _, need_rows, need_w, need_bias = ctx.needs_input_grad
         grad = grad.contiguous()
         d_rows = layer.linear_back(grad, w, groups, torch.empty_like(rows)) if need_rows else None
-        d_w = lazy_zeros(w.shape, w.dtype) if need_w else None
+        d_w = gradient_like(w, [e for e, _, _ in groups]) if need_w else None
         if d_w is not None:
             layer.weight_gradient(rows, grad, d_w, groups)
         d_bias = torch.zeros(len(w), grad.shape[1]) if need_bias else None
@@ -268,7 +277,7 @@ def cpu(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
 
     All arithmetic is in float32 and only the results are rounded to the dtypes of x and of the weights, so with
     bfloat16 weights it is more exact than bfloat16 matrix products, and it is the same with and without autocast.
-    Gradients of the weights are dense, as autograd wants them, but memory is written for hit experts only.
+    Gradients of the weights are dense, as autograd wants them; see `cpu_memory` for where their memory comes from.
     A second derivative raises RuntimeError.
 
     Args:

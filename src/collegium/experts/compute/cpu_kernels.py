@@ -24,34 +24,21 @@ from typing import Any
 
 import numpy as np
 
-from collegium.experts.compute.jit import carray, cfunc, cgutils, intrinsic, ir, missing, njit, types
+from collegium.experts.compute.jit import LANES, WIDE, carray, cfunc, cgutils, intrinsic, ir, missing, njit, types
 
 __all__ = ["HEADER", "MIN_WIDTH", "address"]
 
-HEADER = 9
-"""Parameters before the list of groups; see `_groups`."""
+HEADER = 8
+"""Parameters of a matrix kernel before the list of groups."""
 
-
-def _vector_shape() -> tuple[int, bool]:
-    """``(floats in a vector register, whether there are 32 of them)``."""
-    if missing:
-        return 16, True
-    from llvmlite.binding import get_host_cpu_features
-
-    features = get_host_cpu_features()
-    if features.get("avx512f"):
-        return 16, True
-    return (8, False) if features.get("avx2") else (4, True)
-
-
-LANES, WIDE = _vector_shape()
 MIN_WIDTH = 16
 """Smallest p and q the kernels take (a tail is one full vector that overlaps its neighbour)."""
 
 # Register tiles. With 32 registers: 6 x 4 sums + 4 of x + 1 of w for the dot products, 4 x 4 for the others.
 DOT_ROWS = 6 if WIDE else 2
+HALF = DOT_ROWS // 2
 TILE = 4 if WIDE else 2
-PANEL = 1024  # columns of w that rows_dot takes at a time: 6 rows of it and 4 of x stay in the first-level cache
+PANEL = 4096  # bytes of a row of w that rows_dot takes at a time: 6 rows of that stay in the first-level cache
 
 if missing is None:
     I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -84,8 +71,11 @@ def _load(b: Any, address: Any, size: int) -> Any:
     return b.bitcast(b.shl(b.zext(half, VECTOR_I), _splat(16, VECTOR_I)), VECTOR)
 
 
-def _store(b: Any, value: Any, address: Any, size: int) -> None:
-    """Write LANES floats; `size` 2 rounds to the nearest bfloat16 (ties to even, NaN stays NaN)."""
+def _store(b: Any, value: Any, address: Any, size: int, past_cache: bool = False) -> None:
+    """Write LANES floats; `size` 2 rounds to the nearest bfloat16 (ties to even, NaN stays NaN).
+
+    `past_cache` does not read the old content into the cache first, which halves the traffic; for aligned addresses.
+    """
     if size == 2:
         bits = b.bitcast(value, VECTOR_I)
         upper = b.lshr(bits, _splat(16, VECTOR_I))
@@ -94,7 +84,10 @@ def _store(b: Any, value: Any, address: Any, size: int) -> None:
         quiet = b.or_(upper, _splat(0x40, VECTOR_I))
         bits = b.select(b.fcmp_unordered("uno", value, value), quiet, rounded)
         value = b.trunc(bits, ir.VectorType(I16, LANES))
-    b.store(value, b.inttoptr(address, value.type.as_pointer())).align = size
+    store = b.store(value, b.inttoptr(address, value.type.as_pointer()))
+    store.align = LANES * size if past_cache else size
+    if past_cache:
+        store.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
 
 
 def _broadcast(b: Any, address: Any) -> Any:
@@ -137,36 +130,35 @@ def _size(kind: Any) -> int:
     return 4 if kind == types.float32 else 2
 
 
-def _void(count: int) -> Any:
-    return [types.intp] * count
-
-
 # ---- tiles ---------------------------------------------------------------------------------------------------------
 
 
 @intrinsic(prefer_literal=True)
 def _dot_tile(
-    typing: Any, p: Any, n: Any, kind: Any, w: Any, x: Any, q: Any, length: Any, out: Any, stride: Any, more: Any
-) -> Any:
-    """``out[c, r] (+)= w[r] . x[c]`` for p rows of w and n of x, q apart, over `length` columns; + if `more`."""
+    typing: Any, p: Any, n: Any, fetch: Any, kind: Any,
+    w: Any, x: Any, q: Any, length: Any, out: Any, stride: Any, more: Any, ahead: Any,
+) -> Any:  # fmt: skip
+    """``out[c, r] (+)= w[r] . x[c]`` for p rows of w and n of x, q apart, over `length` columns; + if `more`.
+
+    On the way it fetches `fetch` rows from `ahead` into the cache: otherwise arithmetic and memory would take turns.
+    """
     P, N, size = p.literal_value, n.literal_value, _size(kind)
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        w, x, q, length, out, stride, more = args[3:]
+        w, x, q, length, out, stride, more, ahead = args[4:]
         sums = [[cgutils.alloca_once_value(b, _splat(0.0, VECTOR)) for _ in range(N)] for _ in range(P)]
         w_rows = [_offset(b, w, q, size * r) for r in range(P)]
         x_rows = [_offset(b, x, q, 4 * c) for c in range(N)]
-        ahead = b.mul(q, _int(size * P))
+        ahead_rows = [_offset(b, ahead, q, size * r) for r in range(fetch.literal_value)]
 
         def body(i: Any, first: Any) -> None:
             xs = [_load(b, _offset(b, row, i, 4), 4) for row in x_rows]
             if first is not None:
                 xs = [_from_lane(b, first, value) for value in xs]
+            for row in ahead_rows:
+                _prefetch(b, _offset(b, row, i, size))
             for r in range(P):
-                here = _offset(b, w_rows[r], i, size)
-                value = _load(b, here, size)
-                if N > 1:  # the arithmetic of several rows would otherwise leave the memory idle
-                    _prefetch(b, b.add(here, ahead))
+                value = _load(b, _offset(b, w_rows[r], i, size), size)
                 for c in range(N):
                     b.store(_add_product(b, b.load(sums[r][c]), value, xs[c]), sums[r][c])
 
@@ -183,30 +175,32 @@ def _dot_tile(
                 b.store(b.fadd(total, b.select(fresh, zero, b.load(place))), place)
         return context.get_dummy_value()
 
-    return types.void(p, n, kind, *_void(7)), generate
+    return types.void(p, n, fetch, kind, *[types.intp] * 8), generate
 
 
 @intrinsic(prefer_literal=True)
 def _sum_tile(
-    typing: Any, p: Any, n: Any, kind: Any, w: Any, q: Any, s: Any, stride: Any, length: Any, out: Any
+    typing: Any, p: Any, n: Any, kind: Any, w: Any, q: Any, s: Any, stride: Any, length: Any, out: Any, ahead: Any
 ) -> Any:
-    """``out[i] += sum over r of s[i, r] * w[r]`` for p rows of w and n of out, q apart, over `length` columns."""
+    """``out[i] += sum over r of s[i, r] * w[r]`` for p rows of w and n of out, q apart, over `length` columns.
+
+    It fetches p rows from `ahead` on the way, too.
+    """
     P, N, size = p.literal_value, n.literal_value, _size(kind)
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        w, q, s, stride, length, out = args[3:]
+        w, q, s, stride, length, out, ahead = args[3:]
         scale = [[_broadcast(b, b.add(_offset(b, s, stride, 4 * i), _int(4 * r))) for r in range(P)] for i in range(N)]
         w_rows = [_offset(b, w, q, size * r) for r in range(P)]
         out_rows = [_offset(b, out, q, 4 * i) for i in range(N)]
-        ahead = b.mul(q, _int(size * P))
+        ahead_rows = [_offset(b, ahead, q, size * r) for r in range(P)]
 
         def body(i: Any, first: Any) -> None:
-            places = [_offset(b, row, i, size) for row in w_rows]
-            values = [_load(b, place, size) for place in places]
+            values = [_load(b, _offset(b, row, i, size), size) for row in w_rows]
             if first is not None:
                 values = [_from_lane(b, first, value) for value in values]
-            for place in places:
-                _prefetch(b, b.add(place, ahead))
+            for row in ahead_rows:
+                _prefetch(b, _offset(b, row, i, size))
             for j in range(N):
                 place = _offset(b, out_rows[j], i, 4)
                 total = _load(b, place, 4)
@@ -217,18 +211,18 @@ def _sum_tile(
         _for_columns(b, length, body)
         return context.get_dummy_value()
 
-    return types.void(p, n, kind, *_void(6)), generate
+    return types.void(p, n, kind, *[types.intp] * 7), generate
 
 
 @intrinsic(prefer_literal=True)
 def _outer_tile(
-    typing: Any, p: Any, vectors: Any, kind: Any, s: Any, stride: Any, x: Any, q: Any, n: Any, dw: Any
+    typing: Any, p: Any, vectors: Any, aligned: Any, kind: Any, s: Any, stride: Any, x: Any, q: Any, n: Any, dw: Any
 ) -> Any:
     """``dw[r, :] = sum over n rows of s[a, r] * x[a, :]`` for p rows of dw, `vectors` vectors wide, q apart."""
     P, J, size = p.literal_value, vectors.literal_value, _size(kind)
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        s, stride, x, q, n, dw = args[3:]
+        s, stride, x, q, n, dw = args[4:]
         sums = [[cgutils.alloca_once_value(b, _splat(0.0, VECTOR)) for _ in range(J)] for _ in range(P)]
         with cgutils.for_range(b, n) as loop:
             x_row = _offset(b, x, b.mul(q, loop.index), 4)
@@ -241,10 +235,10 @@ def _outer_tile(
         for r in range(P):
             row = _offset(b, dw, q, size * r)
             for j in range(J):
-                _store(b, b.load(sums[r][j]), b.add(row, _int(size * LANES * j)), size)
+                _store(b, b.load(sums[r][j]), b.add(row, _int(size * LANES * j)), size, bool(aligned.literal_value))
         return context.get_dummy_value()
 
-    return types.void(p, vectors, kind, *_void(6)), generate
+    return types.void(p, vectors, aligned, kind, *[types.intp] * 6), generate
 
 
 @intrinsic
@@ -258,68 +252,76 @@ def _next(typing: Any, counter: Any) -> Any:
 
 
 @intrinsic
-def _floats(typing: Any, address: Any) -> Any:
-    """A float32 pointer from an address."""
+def _pointer(typing: Any, address: Any, kind: Any) -> Any:
+    """A pointer to values of the type of `kind`."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.inttoptr(args[0], F32.as_pointer())
+        return b.inttoptr(args[0], args[1].type.as_pointer())
 
-    return types.CPointer(types.float32)(address), generate
-
-
-@intrinsic
-def _integers(typing: Any, address: Any) -> Any:
-    """An int64 pointer from an address."""
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.inttoptr(args[0], I64.as_pointer())
-
-    return types.CPointer(types.int64)(address), generate
+    return types.CPointer(kind)(address, kind), generate
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------
 #
 # Every thread runs the kernel and takes item after item until none is left, so a thread that the system interrupts
 # does less, and the result does not depend on who computed what. The first parameter is the shared counter. A matrix
-# kernel has HEADER parameters (counter, items, splits, p, q, w, a, b, spare) and three numbers for each group: the
-# expert and its first and last row. An item is one of `splits` slices of one group.
+# kernel has HEADER parameters (counter, items, splits, p, q, and the addresses of w and of two row matrices) and three
+# numbers for each group: the expert and its first and last row. An item is one of `splits` slices of one group.
+
+
+@njit
+def _take(parameters: Any) -> Any:
+    """The next item: expert, first row, last row, slice. The expert is -1 when none is left."""
+    item = _next(parameters)
+    if item >= parameters[1]:
+        return -1, 0, 0, 0
+    group = HEADER + 3 * (item // parameters[2])
+    return parameters[group], parameters[group + 1], parameters[group + 2], item % parameters[2]
 
 
 @njit
 def _tokens_dot(kind: Any, size: Any, p0: Any, p1: Any, q: Any, w: Any, x: Any, out: Any, stride: Any, n: Any) -> None:
     """Rows p0..p1 of w with all n rows of x. The last tile overlaps the one before it: same sums, written twice."""
+    panel = PANEL // size
     for start in range(p0, p1, DOT_ROWS):
         r = min(start, p1 - DOT_ROWS)
-        for k in range(0, q, PANEL):
-            length = min(PANEL, q - k)
+        for k in range(0, q, panel):
+            length = min(panel, q - k)
             if length < LANES:  # a tail needs a full vector before its end
                 continue
             if q - k - length < LANES:
                 length = q - k
             w_at, x_at, out_at = w + (r * q + k) * size, x + k * 4, out + r * 4
+            ahead, half = w_at + DOT_ROWS * q * size, HALF * q * size
             c = 0
-            while c + 4 <= n:
-                _dot_tile(DOT_ROWS, 4, kind, w_at, x_at + c * q * 4, q, length, out_at + c * stride * 4, stride, k)
-                c += 4
-            if c + 2 <= n:
-                _dot_tile(DOT_ROWS, 2, kind, w_at, x_at + c * q * 4, q, length, out_at + c * stride * 4, stride, k)
-                c += 2
-            if c < n:
-                _dot_tile(DOT_ROWS, 1, kind, w_at, x_at + c * q * 4, q, length, out_at + c * stride * 4, stride, k)
+            while c < n:
+                x_c, out_c, left = x_at + c * q * 4, out_at + c * stride * 4, n - c
+                # the first tile fetches the next rows of w, or the first two tiles half of them each
+                fetch = w_at if c >= 8 else ahead + (half if c >= 4 else 0)
+                if left >= 4 and n >= 8:
+                    _dot_tile(DOT_ROWS, 4, HALF, kind, w_at, x_c, q, length, out_c, stride, k, fetch)
+                    c += 4
+                elif left >= 4:
+                    _dot_tile(DOT_ROWS, 4, DOT_ROWS, kind, w_at, x_c, q, length, out_c, stride, k, fetch)
+                    c += 4
+                elif left >= 2:
+                    _dot_tile(DOT_ROWS, 2, DOT_ROWS, kind, w_at, x_c, q, length, out_c, stride, k, fetch)
+                    c += 2
+                else:
+                    _dot_tile(DOT_ROWS, 1, DOT_ROWS, kind, w_at, x_c, q, length, out_c, stride, k, fetch)
+                    c += 1
 
 
 @njit
 def _rows_dot(parameters: Any, kind: Any, size: Any) -> None:
-    head = carray(parameters, (HEADER,))
-    items, splits, p, q, w, x, out = head[1], head[2], head[3], head[4], head[5], head[6], head[7]
-    groups = carray(parameters, (HEADER + 3 * (items // splits),))
+    splits, p, q = parameters[2], parameters[3], parameters[4]
+    w, x, out = parameters[5], parameters[6], parameters[7]
     while True:
-        item = _next(parameters)
-        if item >= items:
+        expert, first, last, part = _take(parameters)
+        if expert < 0:
             break
-        g, s = HEADER + 3 * (item // splits), item % splits
-        expert, first, last = groups[g], groups[g + 1], groups[g + 2]
-        p0, p1 = p * s // splits, p * (s + 1) // splits
+        p0 = p // DOT_ROWS * part // splits * DOT_ROWS
+        p1 = p if part + 1 == splits else p // DOT_ROWS * (part + 1) // splits * DOT_ROWS
         _tokens_dot(
             kind, size, p0, p1, q, w + expert * p * q * size, x + first * q * 4, out + first * p * 4, p, last - first
         )
@@ -327,31 +329,34 @@ def _rows_dot(parameters: Any, kind: Any, size: Any) -> None:
 
 @njit
 def _tokens_sum(kind: Any, size: Any, p: Any, length: Any, q: Any, w: Any, s: Any, out: Any, n: Any) -> None:
-    whole = p - p % 4
-    for r in range(0, whole, 4):
-        i = 0
-        while i + TILE <= n:
-            _sum_tile(4, TILE, kind, w + r * q * size, q, s + (i * p + r) * 4, p, length, out + i * q * 4)
-            i += TILE
+    for r in range(0, p - p % 4, 4):
+        w_at, i = w + r * q * size, 0
         while i < n:
-            _sum_tile(4, 1, kind, w + r * q * size, q, s + (i * p + r) * 4, p, length, out + i * q * 4)
-            i += 1
-    for r in range(whole, p):
+            s_i, out_i, left = s + (i * p + r) * 4, out + i * q * 4, n - i
+            ahead = w_at if i else w_at + 4 * q * size
+            if left >= TILE:
+                _sum_tile(4, TILE, kind, w_at, q, s_i, p, length, out_i, ahead)
+                i += TILE
+            elif left >= 2:
+                _sum_tile(4, 2, kind, w_at, q, s_i, p, length, out_i, ahead)
+                i += 2
+            else:
+                _sum_tile(4, 1, kind, w_at, q, s_i, p, length, out_i, ahead)
+                i += 1
+    for r in range(p - p % 4, p):
         for i in range(n):
-            _sum_tile(1, 1, kind, w + r * q * size, q, s + (i * p + r) * 4, p, length, out + i * q * 4)
+            w_at = w + r * q * size
+            _sum_tile(1, 1, kind, w_at, q, s + (i * p + r) * 4, p, length, out + i * q * 4, w_at)
 
 
 @njit
 def _rows_sum(parameters: Any, kind: Any, size: Any) -> None:
-    head = carray(parameters, (HEADER,))
-    items, splits, p, q, w, s, out = head[1], head[2], head[3], head[4], head[5], head[6], head[7]
-    groups = carray(parameters, (HEADER + 3 * (items // splits),))
+    splits, p, q = parameters[2], parameters[3], parameters[4]
+    w, s, out = parameters[5], parameters[6], parameters[7]
     while True:
-        item = _next(parameters)
-        if item >= items:
+        expert, first, last, part = _take(parameters)
+        if expert < 0:
             break
-        g, part = HEADER + 3 * (item // splits), item % splits
-        expert, first, last = groups[g], groups[g + 1], groups[g + 2]
         q0 = q * part // splits // LANES * LANES
         q1 = q if part + 1 == splits else q * (part + 1) // splits // LANES * LANES
         _tokens_sum(
@@ -362,16 +367,14 @@ def _rows_sum(parameters: Any, kind: Any, size: Any) -> None:
 
 @njit
 def _outer(parameters: Any, kind: Any, size: Any) -> None:
-    head = carray(parameters, (HEADER,))
-    items, splits, p, q, dw, s, x = head[1], head[2], head[3], head[4], head[5], head[6], head[7]
-    groups = carray(parameters, (HEADER + 3 * (items // splits),))
+    splits, p, q = parameters[2], parameters[3], parameters[4]
+    dw, s, x = parameters[5], parameters[6], parameters[7]
     wide, narrow = 4 * LANES, LANES
+    aligned = dw % (LANES * size) == 0 and q % LANES == 0
     while True:
-        item = _next(parameters)
-        if item >= items:
+        expert, first, last, part = _take(parameters)
+        if expert < 0:
             break
-        g, part = HEADER + 3 * (item // splits), item % splits
-        expert, first, last = groups[g], groups[g + 1], groups[g + 2]
         p0, p1 = p * part // splits, p * (part + 1) // splits
         for start in range(p0, p1, TILE):
             r = min(start, p1 - TILE)
@@ -379,34 +382,35 @@ def _outer(parameters: Any, kind: Any, size: Any) -> None:
             out = dw + (expert * p + r) * q * size
             c = 0
             while c + wide <= q:
-                _outer_tile(TILE, 4, kind, s_at, p, x_at + c * 4, q, n, out + c * size)
+                if aligned:
+                    _outer_tile(TILE, 4, 1, kind, s_at, p, x_at + c * 4, q, n, out + c * size)
+                else:
+                    _outer_tile(TILE, 4, 0, kind, s_at, p, x_at + c * 4, q, n, out + c * size)
                 c += wide
             while c < q:
                 c = min(c, q - narrow)
-                _outer_tile(TILE, 1, kind, s_at, p, x_at + c * 4, q, n, out + c * size)
+                _outer_tile(TILE, 1, 0, kind, s_at, p, x_at + c * 4, q, n, out + c * size)
                 c += narrow
 
 
-@njit(fastmath=True)
-def _combine(parameters: Any) -> None:
+def combine(parameters: Any) -> None:
     """Parameters: counter, items, d, number of rows, token of each row, weight of each row or 0, rows, y.
 
     An item is a slice of the columns for all rows: no two threads write the same place, and the order of the sum is
     the order of the rows.
     """
-    head = carray(parameters, (8,))
-    items, d, n = head[1], head[2], head[3]
-    token, weighted = carray(_integers(head[4]), (n,)), head[5] != 0
-    weight = carray(_floats(head[5]), (n,))
+    one = np.float32(1)
+    items, d, n, weighted = parameters[1], parameters[2], parameters[3], parameters[5] != 0
+    token, weight = _pointer(parameters[4], d), _pointer(parameters[5], one)
     while True:
         item = _next(parameters)
         if item >= items:
             break
         first, last = d * item // items, d * (item + 1) // items
         for i in range(n):
-            scale = weight[i] if weighted else np.float32(1)
-            source = carray(_floats(head[6] + (i * d + first) * 4), (last - first,))
-            y = carray(_floats(head[7] + (token[i] * d + first) * 4), (last - first,))
+            scale = weight[i] if weighted else one
+            source = carray(_pointer(parameters[6] + (i * d + first) * 4, one), (last - first,))
+            y = carray(_pointer(parameters[7] + (token[i] * d + first) * 4, one), (last - first,))
             for k in range(last - first):
                 y[k] += scale * source[k]
 
@@ -433,10 +437,6 @@ def outer_float32(parameters: Any) -> None:
 
 def outer_bfloat16(parameters: Any) -> None:
     _outer(parameters, np.uint16(0), 2)
-
-
-def combine(parameters: Any) -> None:
-    _combine(parameters)
 
 
 @functools.cache

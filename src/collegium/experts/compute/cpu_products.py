@@ -18,28 +18,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from collegium.experts.compute import cpu_kernels
 from collegium.experts.compute.cpu_pool import launch
 
-__all__ = ["LIMITS", "Group", "Products", "add_rows", "lazy_zeros"]
+__all__ = ["LIMITS", "Group", "Products", "add_rows"]
 
 Group = tuple[int, int, int]
 
 LIMITS = {
-    ("dot", torch.float32): 32,
-    ("dot", torch.bfloat16): 64,
+    ("dot", torch.float32): 48,
+    ("dot", torch.bfloat16): 96,
     ("sum", torch.float32): 12,
     ("sum", torch.bfloat16): 40,
-    ("outer", torch.float32): 8,
-    ("outer", torch.bfloat16): 128,
+    ("outer", torch.float32): 16,
+    ("outer", torch.bfloat16): 64,
 }
 """Most rows of a group that a kernel takes, by its matrix's dtype; more go to torch.mm. From such tables as above."""
 
-_DOT_ITEM_ROWS = 96
+_DOT_ITEM_ROWS = 192
 _OUTER_ITEM_BYTES = 1 << 21  # a huge page: two threads that first touch the same one would wait for each other
 
 
@@ -97,7 +96,7 @@ def _split(groups: Sequence[Group], product: str, w: Tensor) -> tuple[list[Group
 def _run(kernel: str, groups: list[Group], splits: int, w: Tensor, a: Tensor, b: Tensor) -> None:
     _, p, q = w.shape
     kernel = f"{kernel}_{'float32' if w.dtype == torch.float32 else 'bfloat16'}"
-    numbers = (len(groups) * splits, splits, p, q, w.data_ptr(), a.data_ptr(), b.data_ptr(), 0)
+    numbers = (len(groups) * splits, splits, p, q, w.data_ptr(), a.data_ptr(), b.data_ptr())
     launch(cpu_kernels.address(kernel), *numbers, *(number for group in groups for number in group))
 
 
@@ -108,14 +107,3 @@ def add_rows(y: Tensor, token: Tensor, rows: Tensor, weight: Tensor | None = Non
     weights = 0 if weight is None else weight.data_ptr()
     numbers = (slices, d, n, token.data_ptr(), weights, rows.data_ptr(), y.data_ptr())
     launch(cpu_kernels.address("combine"), *numbers)
-
-
-def lazy_zeros(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Zeros whose memory the system provides only where it is written, in huge pages where it can.
-
-    For big tensors. The gradient of the weights is dense because autograd wants it so, but after a few tokens most
-    experts have none, and memory from ``calloc`` costs nothing until it is touched. The first touch of memory in
-    pages of 4 KiB takes longer than many a matrix product; numpy asks for huge pages, torch does not.
-    """
-    bits = {torch.float32: np.float32, torch.bfloat16: np.uint16}[dtype]
-    return torch.from_numpy(np.zeros(tuple(shape), dtype=bits)).view(dtype)

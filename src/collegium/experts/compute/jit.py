@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["carray", "cfunc", "cgutils", "intrinsic", "ir", "missing", "njit", "types"]
+__all__ = ["LANES", "WIDE", "carray", "cfunc", "cgutils", "intrinsic", "ir", "missing", "njit", "types"]
 
 missing: ImportError | None = None
 
@@ -27,3 +27,18 @@ except ImportError as error:  # not installed, or refusing this version of numpy
         return args[0] if args else lambda function: function
 
     intrinsic = njit
+
+
+def _vector_registers() -> tuple[int, bool]:
+    """``(floats in a vector register, whether there are 32 of them)``."""
+    if missing is not None:
+        return 16, True
+    from llvmlite.binding import get_host_cpu_features
+
+    features = get_host_cpu_features()
+    if features.get("avx512f"):
+        return 16, True
+    return (8, False) if features.get("avx2") else (4, True)
+
+
+LANES, WIDE = _vector_registers()
