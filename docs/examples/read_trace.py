@@ -13,6 +13,6 @@ print("experts of the first tokens:", trace.experts(layer)[:4].tolist())  # nump
 print(trace.scan().group_by("domain").agg(pl.len().alias("tokens")).sort("domain").collect())  # polars, lazy
 
 for at in load(trace):
-    print(f"layer {at.layer}: busiest / mean {at.max_violation + 1:.2f}, dead experts {list(at.dead)}")
+    print(f"layer {at.layer}: busiest / mean {at.max_violation.value + 1:.2f}, dead experts {list(at.dead)}")
 for found in domain_information(trace):
-    print(f"layer {found.layer}: I(domain; expert) = {found.bits:.2f} bits, shuffled {found.control:.2f}")
+    print(f"layer {found.layer}: I(domain; expert) = {found.bits.value:.2f} bits, shuffled {found.control:.2f}")

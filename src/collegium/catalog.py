@@ -34,6 +34,7 @@ KINDS = {
     "controller": "an after-step update that keeps the experts busy",
     "layer": "how a whole MoE block is put together",
     "schedule": "a learning-rate schedule",
+    "metric": "a number or figure read from a trace or a model",
 }
 """Every kind of method and what its members do. A later room adds its kind here."""
 

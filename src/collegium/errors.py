@@ -10,6 +10,7 @@
     │   └── RemoteCodeError        its config asks to execute code that came with the checkpoint
     ├── DataError              a corpus cannot be read, or nothing usable is in it
     ├── TraceError             a trace folder is not readable
+    ├── StatisticsError        a folder of statistics is not readable
     └── StorageError           a file could not be written (disk full, no permission)
 
 A message says what was wrong, the value seen, where, and what to do. The command line prints it on one
@@ -27,6 +28,7 @@ __all__ = [
     "NonFiniteError",
     "NotMoEError",
     "RemoteCodeError",
+    "StatisticsError",
     "StorageError",
     "TraceError",
     "UnsupportedFamilyError",
@@ -71,6 +73,10 @@ class DataError(CollegiumError):
 
 class TraceError(CollegiumError):
     """A trace folder is not readable."""
+
+
+class StatisticsError(CollegiumError):
+    """A folder of statistics is not readable."""
 
 
 class StorageError(CollegiumError, OSError):

@@ -42,10 +42,10 @@ def test_calls_take_turns_and_medians_ignore_an_outlier() -> None:
 
 
 def test_unknown_benchmarks_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="experts, trace"):
+    with pytest.raises(ConfigError, match="experts, measure, trace"):
         harness.find("nonsense")
     result = CliRunner().invoke(app, ["bench"])
-    assert [line.partition(":")[0] for line in result.stdout.splitlines()] == ["experts", "trace"]
+    assert [line.partition(":")[0] for line in result.stdout.splitlines()] == ["experts", "measure", "trace"]
 
 
 def test_verb_prints_rows_and_fails_where_a_goal_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,19 @@ def test_verb_prints_rows_and_fails_where_a_goal_is_missed(monkeypatch: pytest.M
     assert result.exit_code == 1
     rows = json.loads(result.stdout)["rows"]
     assert [row["ratio"] for row in rows] == [2.0, 0.5, 1.5]
-    assert set(rows[0]) == {"name", "ours", "peer", "peer_name", "ratio", "goal", "met", "limit", "share"}
+    assert set(rows[0]) == {
+        "name",
+        "ours",
+        "peer",
+        "peer_name",
+        "ratio",
+        "goal",
+        "met",
+        "limit",
+        "share",
+        "most",
+        "unit",
+    }
     monkeypatch.setattr(harness, "find", lambda name: SimpleNamespace(run=lambda quick, say: iter(FAKE[::2])))
     result = CliRunner().invoke(app, ["bench", "experts"])
     assert result.exit_code == 0

@@ -43,7 +43,8 @@ def test_the_trace_and_the_plots_are_there(demo: tuple[Path, dict]) -> None:
     assert len(trace) == numbers["tokens"] > 4000
     assert trace.counts().tolist() == [layer["counts"] for layer in numbers["layers"]]
     assert trace.meta.fingerprint == open_checkpoint(SHIPPED["demo"]).fingerprint
-    assert all((out / name).stat().st_size > 10_000 for name in ("load.png", "domains.png"))
+    written = ("report.html", "figures/load.png", "figures/domains.svg")
+    assert all((out / name).stat().st_size > 10_000 for name in written)
 
 
 def test_the_shipped_weights_are_small_and_what_the_card_says() -> None:

@@ -19,7 +19,7 @@ import torch
 
 from collegium.errors import ConfigError
 
-__all__ = ["Row", "Say", "benchmarks", "find", "gemm_rate", "medians", "memory_bandwidth"]
+__all__ = ["Row", "Say", "benchmarks", "cost", "find", "gemm_rate", "medians", "memory_bandwidth"]
 
 Say = Callable[[str], None]
 
@@ -30,35 +30,51 @@ class Row:
 
     Attributes:
         name: what was measured.
-        ours, peer: median seconds of a call.
+        ours, peer: median seconds of a call, or another cost in `unit`; `peer` is None where nothing compares.
         peer_name: which peer that was; where there are several, the fastest.
         goal: what `ratio` should reach, or None.
         limit: the physical bound in words and numbers.
         share: the part of that bound that we reach (1 is all of it), or None where there is none.
+        most: what `ours` may be at most, or None.
+        unit: of `ours`, `peer` and `most`: "s" or "bytes".
     """
 
     name: str
     ours: float
-    peer: float
-    peer_name: str
+    peer: float | None
+    peer_name: str = ""
     goal: float | None = None
     limit: str = ""
     share: float | None = None
+    most: float | None = None
+    unit: str = "s"
 
     @property
-    def ratio(self) -> float:
+    def ratio(self) -> float | None:
         """How many times as fast as the peer we are: above 1 is better for us."""
-        return self.peer / self.ours
+        return None if self.peer is None else self.peer / self.ours
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is reached; None without a goal."""
-        return None if self.goal is None else self.ratio >= self.goal
+        """Whether every goal is reached; None without one."""
+        goals = []
+        if self.goal is not None:
+            goals.append(self.ratio is not None and self.ratio >= self.goal)
+        if self.most is not None:
+            goals.append(self.ours <= self.most)
+        return all(goals) if goals else None
 
     def record(self) -> dict[str, Any]:
         """The row as plain data."""
-        fields = ("name", "ours", "peer", "peer_name", "ratio", "goal", "met", "limit", "share")
+        fields = ("name", "ours", "peer", "peer_name", "ratio", "goal", "met", "limit", "share", "most", "unit")
         return {name: getattr(self, name) for name in fields}
+
+
+def cost(value: float, unit: str) -> str:
+    """Seconds or bytes as a person reads them."""
+    if unit == "bytes":
+        return f"{value / 1e6:,.0f} MB"
+    return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
 
 
 def benchmarks() -> list[str]:

@@ -48,18 +48,22 @@ def run(
 def _table(name: str, found: list[Row]) -> Table:
     from rich.table import Table
 
+    from collegium.benchmarks.harness import cost
+
     table = Table("point", "ours", "peer", "by", "ratio", "goal", "limit", "share", title=f"bench {name}")
     for row in found:
-        goal = "" if row.goal is None else f"{row.goal:.2f} {'met' if row.met else '[bold red]missed[/]'}"
-        share = "" if row.share is None else f"{row.share:.0%}"
+        goals = [] if row.goal is None else [f"{row.goal:.2f}"]
+        goals += [] if row.most is None else [f"at most {cost(row.most, row.unit)}"]
+        if goals:
+            goals.append("met" if row.met else "[bold red]missed[/]")
         table.add_row(
             row.name,
-            f"{row.ours * 1e3:.2f} ms",
-            f"{row.peer * 1e3:.2f} ms",
+            cost(row.ours, row.unit),
+            "" if row.peer is None else cost(row.peer, row.unit),
             row.peer_name,
-            f"{row.ratio:.2f}",
-            goal,
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+            " ".join(goals),
             row.limit,
-            share,
+            "" if row.share is None else f"{row.share:.0%}",
         )
     return table

@@ -27,13 +27,13 @@ PROMPT_TOKENS = 32
 
 
 def run(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the trace and the plots.")] = Path("demo"),
+    out: Annotated[Path, typer.Option("--out", help="Folder for the trace, report and figures.")] = Path("demo"),
     tokens: Annotated[int, typer.Option("--tokens", min=1024, help="Tokens to trace, shared among domains.")] = 16_384,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to generate for each domain.")] = 40,
     seed: Annotated[int, typer.Option("--seed", help="Of the generated text.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON instead of tables.")] = False,
 ) -> None:
-    """See a real MoE language model at work: text, held-out quality against a dense twin, routing, plots.
+    """See a real MoE language model at work: text, held-out quality against a dense twin, routing, a report.
 
     Everything is computed here and now, from the models inside the package and this machine's own files.
     """
@@ -56,7 +56,7 @@ def run(
             _generate(console, moe, tokenizer, corpus, new_tokens, seed)
             scores = {"moe": _score(moe, packed, tokenizer), "dense": _score(dense, packed, tokenizer)}
             trace = _trace(moe, tokenizer, corpus, out / "trace", tokens)
-    results = _read(trace, out)
+        results = _read(trace, moe, tokenizer, out)
     results["bits_per_byte"] = scores
     results["seconds"] = round(time.perf_counter() - start, 1)
     if as_json:
@@ -128,20 +128,25 @@ def _trace(model: Any, tokenizer: Any, corpus: Corpus, folder: Path, tokens: int
             tokenizer=tokenizer_fingerprint(tokenizer),
             data=f"{corpus.name} ({corpus.fingerprint()}), held-out text, rows of {SEQUENCE} tokens",
             domains=corpus.domains,
+            logits=True,
+            gate_inputs=0.1,
             overwrite=True,
             progress=lambda count: progress.advance(bar, count),
         )
 
 
-def _read(trace: Trace, out: Path) -> dict[str, Any]:
-    """Measure the trace and plot it."""
-    from collegium.measure import domain_information, load
-    from collegium.report import domain_figure, load_figure
+def _read(trace: Trace, model: Any, tokenizer: Any, out: Path) -> dict[str, Any]:
+    """Measure the trace; write the report and its figures."""
+    from collegium.assets import SHIPPED
+    from collegium.models.checkpoint import open_checkpoint
+    from collegium.models.summary import summarize
+    from collegium.report import measure, write_figures, write_report
 
-    loads, information = load(trace), domain_information(trace)
-    load_figure(loads, out / "load.png")
-    domain_figure(information, out / "domains.png")
-    return {"load": loads, "information": information, "tokens": len(trace)}
+    measured = measure(trace, model=model)
+    summary = summarize(open_checkpoint(SHIPPED["demo"]))
+    write_report(trace, out / "report.html", tokenizer=tokenizer, summary=summary, measured=measured)
+    write_figures(trace, out / "figures", measured=measured)
+    return {"load": measured.get("load"), "information": measured.get("domains"), "tokens": len(trace)}
 
 
 def _plain(results: dict[str, Any]) -> dict[str, Any]:
@@ -151,10 +156,10 @@ def _plain(results: dict[str, Any]) -> dict[str, Any]:
         {
             "layer": at.layer,
             "counts": at.counts.tolist(),
-            "max_violation": at.max_violation,
-            "entropy_bits": at.entropy,
+            "max_violation": at.max_violation.value,
+            "entropy_bits": at.entropy.value,
             "dead": list(at.dead),
-            "domain_information_bits": found.bits,
+            "domain_information_bits": found.bits.value,
             "domain_information_shuffled_bits": found.control,
         }
         for at, found in zip(loads, information, strict=True)
@@ -191,8 +196,8 @@ def _show_load(console: Console, loads: list[Load]) -> None:
     for at in loads:
         E = len(at.share)
         bars = "".join(shades[min(8, round(4 * share * E))] for share in at.share)
-        entropy = f"{at.entropy:.2f} of {math.log2(E):.2f} bits"
-        table.add_row(str(at.layer), bars, f"{at.max_violation + 1:.2f}", entropy, str(len(at.dead)))
+        entropy = f"{at.entropy.value:.2f} of {math.log2(E):.2f} bits"
+        table.add_row(str(at.layer), bars, f"{at.max_violation.value + 1:.2f}", entropy, str(len(at.dead)))
     console.print(table)
 
 
@@ -200,12 +205,12 @@ def _show_domains(console: Console, information: list[DomainInformation]) -> Non
     """For the layer that tells domains apart best: which experts serve which domain."""
     from rich.table import Table
 
-    best = max(information, key=lambda found: found.bits)
+    best = max(information, key=lambda found: found.bits.value)
     table = Table(
         "domain",
         "experts it uses most (share of its tokens' slots)",
         title=f"layer {best.layer}: which experts serve which domain",
-        caption="  ".join(f"layer {i.layer}: {i.bits:.2f} bits, shuffled {i.control:.2f}" for i in information)
+        caption="  ".join(f"layer {i.layer}: {i.bits.value:.2f} bits, shuffled {i.control:.2f}" for i in information)
         + "\nI(domain; expert), and the same with the documents' labels shuffled",
     )
     for name, share in zip(best.domains, best.share, strict=True):
@@ -216,7 +221,8 @@ def _show_domains(console: Console, information: list[DomainInformation]) -> Non
 
 
 def _show_files(console: Console, out: Path, tokens: int, seconds: float) -> None:
-    console.print(f"{out}/load.png and {out}/domains.png show this; {out}/trace holds {tokens:,} tokens of routing")
+    console.print(f"look:      open {out}/report.html in a browser (its figures as files: {out}/figures)")
+    console.print(f"{out}/trace holds {tokens:,} tokens of routing")
     read = f"from collegium import Trace; print(Trace.open('{out}/trace').scan().collect())"
     console.print(f'read it:   python -c "{read}"')
     console.print("your own:  collegium trace MODEL --data FOLDER --out TRACE")

@@ -39,6 +39,9 @@ def run(
     gate_inputs: Annotated[
         float, typer.Option("--gate-inputs", help="Share of tokens (0 to 1) whose router inputs are stored too.")
     ] = 0.0,
+    dropped: Annotated[
+        bool, typer.Option("--dropped", help="Also store the experts that a capacity limit kept tokens from.")
+    ] = False,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=0, help="Also generate so many tokens after each sequence.")
     ] = 0,
@@ -85,6 +88,7 @@ def run(
         "domains": corpus.domains,
         "logits": logits,
         "gate_inputs": gate_inputs,
+        "dropped": dropped,
         "overwrite": overwrite,
         "max_tokens": tokens,
     }

@@ -123,11 +123,21 @@ class Router(nn.Module):
         """
         if x.dim() != 2 or x.shape[1] != self.hidden_size:
             raise ConfigError(f"a router takes x [tokens, {self.hidden_size}], got {tuple(x.shape)}; flatten it first")
+        return self.route(self.logits(x), context)
+
+    def route(self, logits: Tensor, context: RoutingContext | None = None) -> Routing:
+        """`forward` from ``logits [T, E]`` that were computed, and kept, elsewhere.
+
+        Raises:
+            ConfigError: `logits` are not ``[T, num_experts]``, or the context lacks what a part needs.
+        """
+        if logits.dim() != 2 or logits.shape[1] != self.num_experts:
+            raise ConfigError(f"logits must be [tokens, {self.num_experts}], not {tuple(logits.shape)}")
         context = context or RoutingContext()
         for part in self.parts:
             part.check_context(context)
 
-        logits = self.logits(x)
+        logits = logits.float()
         probs = self.score(logits)
         scores = Scores(logits, probs, probs.detach(), self.e_score_correction_bias)
         for transform in self.transforms:

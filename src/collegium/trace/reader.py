@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = ["Trace", "TracePart"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _MAX_PART_ROWS = 1 << 24
+_OPTIONAL = {"logits": "logits", "gate_input": "gate inputs", "dropped": "dropped assignments"}
 
 
 class TracePart:
@@ -66,11 +67,16 @@ class TracePart:
         Raises:
             TraceError: an id is not below E.
         """
-        offsets, values = self._lists(f"expert_{layer}")
-        E = self.meta.layer(layer).num_experts
-        if values.size and int(values.max()) >= E:
-            raise TraceError(f"{self._where}: column 'expert_{layer}' holds expert {int(values.max())} of only {E}")
-        return offsets, values
+        return self._ids("expert", layer)
+
+    def dropped(self, layer: int) -> tuple[Array, Array]:
+        """``(offsets [N+1], expert [A])``: the experts each token chose but did not get, because of a capacity limit.
+
+        Raises:
+            TraceError: they were not recorded, or an id is not below E.
+        """
+        self._need("dropped")
+        return self._ids("dropped", layer)
 
     def logits(self, layer: int) -> Array:
         """``[N, E]`` float16 router logits of `layer`. Raises TraceError if they were not recorded."""
@@ -106,7 +112,15 @@ class TracePart:
 
     def _need(self, kind: str) -> None:
         if not any(name.startswith(f"{kind}_") for name in self.meta.columns):
-            raise TraceError(f"this trace was recorded without {kind}s")
+            raise TraceError(f"this trace was recorded without {_OPTIONAL[kind]}")
+
+    def _ids(self, kind: str, layer: int) -> tuple[Array, Array]:
+        name = f"{kind}_{layer}"
+        offsets, values = self._lists(name)
+        E = self.meta.layer(layer).num_experts
+        if values.size and int(values.max()) >= E:
+            raise TraceError(f"{self._where}: column {name!r} holds expert {int(values.max())} of only {E}")
+        return offsets, values
 
     def _lists(self, name: str) -> tuple[Array, Array]:
         return _split(self._column(name))
@@ -247,15 +261,30 @@ class Trace:
             ``[E]`` of one layer, ``[L, E]`` of all (E is then the largest; experts a layer lacks count 0). With `by`
             another axis comes first.
         """
+        return self._counts(TracePart.assignments, "expert", layer, by)
+
+    def dropped_counts(self, layer: int | None = None, by: str | None = None) -> Array:
+        """Assignments per expert that a capacity limit dropped; arguments and result are those of `counts`.
+
+        Raises:
+            TraceError: they were not recorded.
+        """
+        if not self.meta.has("dropped"):
+            raise TraceError(f"{self.folder} was recorded without dropped assignments; record with --dropped")
+        return self._counts(TracePart.dropped, "dropped", layer, by)
+
+    def _counts(
+        self, read: Callable[[TracePart, int], tuple[Array, Array]], kind: str, layer: int | None, by: str | None
+    ) -> Array:
         layers = self.layers if layer is None else [layer]
         sizes = [self.meta.layer(number).num_experts for number in layers]
         groups = [None] if by is None else self.groups(by)
         total = np.zeros((len(groups), len(layers), max(sizes)), np.int64)
-        columns = [f"expert_{number}" for number in layers] + ([by] if by else [])
+        columns = [f"{kind}_{number}" for number in layers] + ([by] if by else [])
         for part in self.iter_parts(columns):
             codes = None if by is None else _codes(part.column(by), groups, by)
             for row, (number, E) in enumerate(zip(layers, sizes, strict=True)):
-                offsets, expert = part.assignments(number)
+                offsets, expert = read(part, number)
                 if codes is not None:
                     expert = np.repeat(codes, np.diff(offsets)) * E + expert
                 found = np.bincount(expert, minlength=len(groups) * E)

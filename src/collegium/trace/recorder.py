@@ -39,6 +39,7 @@ def record(
     domains: Sequence[str] = ("unknown",),
     logits: bool = False,
     gate_inputs: float = 0.0,
+    dropped: bool = False,
     max_tokens: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -56,6 +57,7 @@ def record(
         name, fingerprint, tokenizer, data, domains: go into the meta; see `TraceMeta`.
         logits: also store router logits (E float16 values a token and layer).
         gate_inputs: share of tokens, in 0 .. 1, whose router inputs are stored too (d float32 values).
+        dropped: also store the experts that were chosen but not carried out because of a capacity limit.
         max_tokens: stop after so many rows.
         resume: continue the trace in `out`: the batches must be those of the first run; what is stored is skipped.
         overwrite: delete the trace in `out` first.
@@ -68,7 +70,7 @@ def record(
         StorageError: the disk is full; the parts written so far stay readable.
     """
     describe = {"name": name, "fingerprint": fingerprint, "tokenizer": tokenizer, "data": data, "domains": domains}
-    run = Run(model, Path(out), logits, gate_inputs, progress, describe)
+    run = Run(model, Path(out), logits, gate_inputs, dropped, progress, describe)
     accepts = inspect.signature(model.forward).parameters
     with run.open(resume=resume, overwrite=overwrite) as stored:
         replay = _Replay(stored)
@@ -105,6 +107,7 @@ def record_generate(
     domains: Sequence[str] = ("unknown",),
     logits: bool = False,
     gate_inputs: float = 0.0,
+    dropped: bool = False,
     max_tokens: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -124,7 +127,7 @@ def record_generate(
         ConfigError: padding on the right, or several beams or sequences for one prompt.
     """
     describe = {"name": name, "fingerprint": fingerprint, "tokenizer": tokenizer, "data": data, "domains": domains}
-    run = Run(model, Path(out), logits, gate_inputs, progress, describe)
+    run = Run(model, Path(out), logits, gate_inputs, dropped, progress, describe)
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate}
     ends = settings.get("eos_token_id", model.generation_config.eos_token_id)
     with run.open(resume=False, overwrite=overwrite):

@@ -22,9 +22,14 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def layer_rows(
-    layer: LayerMeta, routing: Routing, chosen: Tensor, gate_input: Tensor | None, logits: bool
+    layer: LayerMeta,
+    routing: Routing,
+    chosen: Tensor,
+    gate_input: Tensor | None,
+    logits: bool,
+    dropped: bool = False,
 ) -> LayerRows:
-    """The rows of the tokens ``chosen [N]`` in one layer.
+    """The rows of the tokens ``chosen [N]`` in one layer; with `dropped` also what a capacity limit took away.
 
     Raises:
         NonFiniteError: a combine weight is NaN or infinite.
@@ -37,7 +42,7 @@ def layer_rows(
         index, value = routing.index_TK, routing.weight_TK
         index, value = (index, value) if everyone else (index[rows], value[rows])
     else:
-        index, value, lengths = _ragged(routing, rows)
+        index, value, lengths = _ragged(routing, rows, routing.kept)
     if not bool(torch.isfinite(value).all()):
         raise NonFiniteError(
             f"{layer.path} (layer {layer.layer}): the router gives combine weights that are NaN or infinite; a weight "
@@ -46,24 +51,29 @@ def layer_rows(
     if logits and routing.logits is None:
         raise ModelError(f"{layer.path}: this family does not give its router's logits; record without them")
     # sent to the CPU in the smallest type torch has for it
-    index = index.to(torch.uint8 if layer.num_experts <= 256 else torch.int32)
+    small = torch.uint8 if layer.num_experts <= 256 else torch.int32
+    lost, lost_lengths = None, None
+    if dropped and routing.kept is not None:
+        lost, _, lost_lengths = _ragged(routing, rows, ~routing.kept)
     scores = routing.logits if logits else None
     return LayerRows(
-        expert=index.reshape(-1).cpu().numpy(),
+        expert=index.to(small).reshape(-1).cpu().numpy(),
         weight=value.reshape(-1).to(torch.float16).cpu().numpy(),
         lengths=lengths,
         logits=None if scores is None else (scores if everyone else scores[rows]).to(torch.float16).cpu().numpy(),
         gate_input=None if gate_input is None else gate_input.cpu().numpy(),
+        dropped=None if lost is None else lost.to(small).cpu().numpy(),
+        dropped_lengths=lost_lengths,
     )
 
 
-def _ragged(routing: Routing, rows: Tensor) -> tuple[Tensor, Tensor, Array]:
-    """``(expert [A], weight [A], lengths [N])`` of the assignments that were carried out."""
+def _ragged(routing: Routing, rows: Tensor, among: Tensor | None) -> tuple[Tensor, Tensor, Array]:
+    """``(expert [A], weight [A], lengths [N])`` of the assignments that ``among [A]`` is true for; None is all."""
     stored = torch.zeros(routing.num_tokens, dtype=torch.bool, device=rows.device)
     stored[rows] = True
     use = stored[routing.token]
-    if routing.kept is not None:
-        use &= routing.kept
+    if among is not None:
+        use &= among
     lengths = torch.bincount(routing.token[use], minlength=routing.num_tokens)[rows]
     return routing.expert[use], routing.weight[use], lengths.cpu().numpy()
 

@@ -44,14 +44,16 @@ class Run:
         out: Path,
         logits: bool,
         gate_inputs: float,
+        dropped: bool,
         progress: Progress | None,
         describe: Mapping[str, Any],
     ) -> None:
         if not 0 <= gate_inputs <= 1:
             raise ConfigError(f"gate_inputs is a share of the tokens, between 0 and 1, not {gate_inputs}")
-        self.model, self.out, self.logits, self.gate_inputs, self.progress = model, out, logits, gate_inputs, progress
+        self.model, self.out, self.progress = model, out, progress
+        self.logits, self.gate_inputs, self.dropped = logits, gate_inputs, dropped
         self.view = "gate" if gate_inputs else "experts"
-        self.meta = _meta(model, logits, gate_inputs > 0, **describe)
+        self.meta = _meta(model, logits, gate_inputs > 0, dropped, **describe)
         self.device = next(model.parameters()).device
         self.writer: TraceWriter
         self.step = self.seen = self.sequences = 0
@@ -112,7 +114,8 @@ class Run:
                     f"{entry.path} routed {routing.num_tokens} tokens over {routing.num_experts} experts; the batch "
                     f"has {num_tokens} tokens and the layer {entry.num_experts} experts"
                 )
-            layers.append(layer_rows(entry, routing, chosen, self._inputs.pop(entry.layer, None), self.logits))
+            gate_input = self._inputs.pop(entry.layer, None)
+            layers.append(layer_rows(entry, routing, chosen, gate_input, self.logits, self.dropped))
         self.writer.add(tokens, layers, phase=phase, step=self.step, sampled=self._sampled)
 
     def describe_tokens(self, batch: Batch, ids: Tensor, mask: Tensor) -> dict[str, Array]:
@@ -138,6 +141,7 @@ def _meta(
     model: Any,
     logits: bool,
     gate_inputs: bool,
+    dropped: bool,
     *,
     name: str | None,
     fingerprint: str | None,
@@ -167,7 +171,7 @@ def _meta(
         tokenizer=tokenizer,
         data=data,
         domains=tuple(domains),
-        columns=column_names(sorted(layers), logits=logits, gate_inputs=gate_inputs),
+        columns=column_names(sorted(layers), logits=logits, gate_inputs=gate_inputs, dropped=dropped),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         collegium=__version__,
     )

@@ -17,7 +17,8 @@ Columns of every part:
     logits_{l}                      list     E router logits, float16 (only if asked for)
     gate_input_{l}                  list     what the router saw, float32 (only if asked for; null where not sampled)
 
-Unused slots and assignments dropped by a capacity limit are not stored: the lists are then shorter. Nor is padding.
+Unused slots are not stored, and ``expert`` holds no assignment that a capacity limit dropped: the lists are then
+shorter. Padding is not stored either.
 """
 
 from __future__ import annotations
@@ -123,13 +124,14 @@ class TraceMeta(BaseModel):
             raise ValueError(f"layers {numbers} must ascend without repeats")
         if len(set(self.domains)) != len(self.domains):
             raise ValueError(f"domains {self.domains} repeat a name")
-        if self.columns != column_names(numbers, logits=self.has("logits"), gate_inputs=self.has("gate_input")):
+        asked = {"logits": self.has("logits"), "gate_inputs": self.has("gate_input"), "dropped": self.has("dropped")}
+        if self.columns != column_names(numbers, **asked):
             raise ValueError(f"columns {self.columns} do not fit the layers {numbers}")
         if self.complete and (self.tokens is None or self.parts is None):
             raise ValueError("a complete trace must say how many tokens and parts it has")
         return self
 
-    def has(self, kind: Literal["logits", "gate_input"]) -> bool:
+    def has(self, kind: Literal["logits", "gate_input", "dropped"]) -> bool:
         """Whether that optional column is there for every layer."""
         return any(name.startswith(f"{kind}_") for name in self.columns)
 
@@ -145,19 +147,21 @@ class TraceMeta(BaseModel):
         raise TraceError(f"layer {layer} is not in this trace; its layers are {[entry.layer for entry in self.layers]}")
 
 
-def column_names(layers: list[int], *, logits: bool, gate_inputs: bool) -> tuple[str, ...]:
+def column_names(layers: list[int], *, logits: bool, gate_inputs: bool, dropped: bool = False) -> tuple[str, ...]:
     """Every column of a trace of these layers, in order."""
-    kinds = ["expert", "weight", *(["logits"] if logits else []), *(["gate_input"] if gate_inputs else [])]
+    optional = {"dropped": dropped, "logits": logits, "gate_input": gate_inputs}
+    kinds = ["expert", "weight", *(kind for kind, wanted in optional.items() if wanted)]
     return (*TOKEN_COLUMNS, *(f"{kind}_{layer}" for layer in layers for kind in kinds))
 
 
 def arrow_schema(meta: TraceMeta) -> pa.Schema:
     """The exact Arrow schema of every part."""
     fields = [pa.field(name, kind, nullable=name == "adapter") for name, kind in TOKEN_COLUMNS.items()]
-    expert_types = {str(entry.layer): _smallest(entry.num_experts) for entry in meta.layers}
+    id_types = {str(entry.layer): _smallest(entry.num_experts) for entry in meta.layers}
     for name in meta.columns[len(TOKEN_COLUMNS) :]:
         kind, _, layer = name.rpartition("_")
-        element = {"expert": expert_types[layer], "gate_input": pa.float32()}.get(kind, pa.float16())
+        ids = id_types[layer]
+        element = {"expert": ids, "dropped": ids, "gate_input": pa.float32()}.get(kind, pa.float16())
         items = pa.list_(pa.field("element", element, nullable=False))
         fields.append(pa.field(name, items, nullable=kind == "gate_input"))
     return pa.schema(fields)

@@ -51,6 +51,9 @@ class LayerRows:
         lengths: ``[N]`` assignments of each token; None if every token has A / N.
         logits: ``[N, E]`` router logits, if the trace has them.
         gate_input: ``[G, d]`` router inputs of the sampled tokens, if the trace has them.
+        dropped: experts that were chosen but not carried out, token-major; None for none. Left out where the trace has
+            no column for them.
+        dropped_lengths: ``[N]`` how many of each token; needed with `dropped`.
     """
 
     expert: Array
@@ -58,6 +61,8 @@ class LayerRows:
     lengths: Array | None = None
     logits: Array | None = None
     gate_input: Array | None = None
+    dropped: Array | None = None
+    dropped_lengths: Array | None = None
 
 
 def part_files(folder: Path) -> list[Path]:
@@ -141,7 +146,7 @@ class TraceWriter:
         layers: Sequence[LayerRows],
         *,
         phase: str = "prefill",
-        step: int = 0,
+        step: int | Array = 0,
         adapter: str | None = None,
         sampled: Array | None = None,
     ) -> None:
@@ -151,6 +156,7 @@ class TraceWriter:
             tokens: ``[N]`` whole numbers each: sequence, document, position, token, domain (an index into
                 ``meta.domains``), and request if it differs from sequence.
             layers: one `LayerRows` for each of ``meta.layers``, in that order.
+            step: forward step of the rows, or ``[N]`` one for each.
             sampled: ``[N]`` bool, which rows have a gate input; needed if the trace has them.
         """
         self._raise_error()
@@ -174,6 +180,8 @@ class TraceWriter:
             offsets = _offsets(N, rows)
             columns[f"expert_{entry.layer}"] = self._lists(f"expert_{entry.layer}", offsets, rows.expert)
             columns[f"weight_{entry.layer}"] = self._lists(f"weight_{entry.layer}", offsets, rows.weight)
+            if f"dropped_{entry.layer}" in self.schema.names:
+                columns[f"dropped_{entry.layer}"] = self._lists(f"dropped_{entry.layer}", *_dropped(N, rows))
             if rows.logits is not None:
                 columns[f"logits_{entry.layer}"] = self._lists(
                     f"logits_{entry.layer}", np.arange(0, rows.logits.size + 1, rows.logits.shape[1]), rows.logits
@@ -266,10 +274,18 @@ def _offsets(N: int, rows: LayerRows) -> Array:
     return np.arange(N + 1) * (rows.expert.size // N)
 
 
+def _dropped(N: int, rows: LayerRows) -> tuple[Array, Array]:
+    """``(offsets [N+1], expert)``."""
+    if rows.dropped is None:
+        return np.zeros(N + 1, np.int32), np.empty(0, np.uint8)
+    assert rows.dropped_lengths is not None
+    return np.concatenate([[0], np.cumsum(rows.dropped_lengths)]), rows.dropped
+
+
 def _encoding(schema: pa.Schema) -> dict[str, Any]:
     """Ids compress best as dictionaries, float bytes when split into planes."""
     leaves = {name: f"{name}.list.element" for name in schema.names if name not in TOKEN_COLUMNS}
-    ids = [leaf for name, leaf in leaves.items() if name.startswith("expert_")]
+    ids = [leaf for name, leaf in leaves.items() if name.startswith(("expert_", "dropped_"))]
     floats = [leaf for leaf in leaves.values() if leaf not in ids]
     return {
         "compression": "zstd",

@@ -65,11 +65,12 @@ class Journal:
         self._busy += time.perf_counter() - began
         self._tokens += tokens
 
-    def step(self, at: Progress, values: dict[str, float]) -> None:
-        """The numbers of one optimizer step, `values` as `collegium.train.metrics` lists them."""
+    def step(self, at: Progress, values: dict[str, Any]) -> None:
+        """The numbers of one step, `values` as `collegium.train.metrics` lists them; trackers get numbers only."""
         values = {**values, "tokens_per_second": self._tokens / self._busy, "seconds": at.seconds}
         self._busy, self._tokens = 0.0, 0
-        self._write("step", at, values, {f"train/{name}": value for name, value in values.items()})
+        tracked = {f"train/{name}": value for name, value in values.items() if not isinstance(value, list)}
+        self._write("step", at, values, tracked)
         self.line.show({"step": at.step, **values})
 
     def evaluation(self, at: Progress, found: Evaluation) -> None:

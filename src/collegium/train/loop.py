@@ -147,7 +147,7 @@ class _Trainer:
                     return {"interrupted": True, "step": step}
             return self._finish(journal)
 
-    def _step(self, stop: bool, measure: bool) -> tuple[bool, dict[str, float]]:
+    def _step(self, stop: bool, measure: bool) -> tuple[bool, dict[str, Any]]:
         """One optimizer step.
 
         Returns:
@@ -169,7 +169,7 @@ class _Trainer:
         self._check_finite(step, losses[0], norm)
         clip_(self.parameters, norm, recipe.optim.clip)
         self.optimizer.step()
-        numbers = {**dict(zip(parts[0], losses, strict=True)), "lr": lr, "grad_norm": norm}
+        numbers: dict[str, Any] = {**dict(zip(parts[0], losses, strict=True)), "lr": lr, "grad_norm": norm}
         if measure:
             numbers |= self._balance_numbers()
         after_step(self.model, step)
@@ -206,9 +206,11 @@ class _Trainer:
         )
 
     @torch.no_grad()
-    def _balance_numbers(self) -> dict[str, float]:
-        """Mean MaxVio and number of dead experts over the layers, from the counts of this step; empty if dense."""
+    def _balance_numbers(self) -> dict[str, Any]:
+        """What `collegium.train.metrics` lists for MoE models, from the counts of this step; empty if dense."""
         violations: list[float] = []
+        entropies: list[float] = []
+        loads: list[list[float]] = []
         dead = 0
         for layer in moe_layers(self.model):
             if layer.balance is not None:
@@ -216,9 +218,19 @@ class _Trainer:
             else:
                 assert layer.last is not None
                 counts = self.ranks.sum_(layer.last.counts())
+            share = counts.double() / counts.sum().clamp(min=1)
             violations.append(float(counts.max() / counts.double().mean() - 1))
+            entropies.append(-float(torch.special.xlogy(share, share).sum()) / math.log(2))
+            loads.append([round(value, 4) for value in share.tolist()])
             dead += int((counts == 0).sum())
-        return {"max_violation": sum(violations) / len(violations), "dead_experts": dead} if violations else {}
+        if not loads:
+            return {}
+        return {
+            "max_violation": sum(violations) / len(violations),
+            "dead_experts": dead,
+            "entropy": sum(entropies) / len(entropies),
+            "loads": loads,
+        }
 
     def _evaluate(self, sequences_per_domain: int | None = None) -> Evaluation:
         return evaluate(

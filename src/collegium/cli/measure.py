@@ -1,0 +1,116 @@
+"""``collegium measure``: what a trace says, in numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from collegium.cli._model import Device, Dtype, TrustRemoteCode
+
+if TYPE_CHECKING:
+    from collegium.measure.metric import Metric
+    from collegium.trace import Trace
+
+__all__ = ["run"]
+
+
+def run(
+    trace: Annotated[Path | None, typer.Argument(help="Folder of a trace.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Option("--metric", "-m", help="Only this metric; repeatable. Else all that can be.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="The traced model, for metrics that need it; a folder, or demo.")
+    ] = None,
+    list_them: Annotated[bool, typer.Option("--list", help="List the metrics and what they need.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of tables.")] = False,
+) -> None:
+    """Measure a trace: how even the load is, how local the routing, how specialised the experts, and more.
+
+    Intervals are 95 % intervals over documents. Metrics that compare two traces are in collegium compare.
+    """
+    from collegium.errors import ConfigError
+    from collegium.measure.metric import find_metric, metrics
+
+    if list_them:
+        _list(metrics(), as_json)
+        return
+    if trace is None:
+        raise ConfigError("name a trace to measure; --list shows the metrics")
+    from collegium.cli._metrics import run_all
+    from collegium.trace import Trace
+
+    opened = Trace.open(trace)
+    asked = [find_metric(name) for name in dict.fromkeys(names or [])]
+    unmet = {metric.name: why for metric in asked or metrics() if (why := _unmet(metric, opened, model)) is not None}
+    if asked and unmet:
+        raise ConfigError("; ".join(f"{name} {why}" for name, why in unmet.items()))
+    wanted = [metric for metric in asked or metrics() if metric.name not in unmet]
+    network = _open_model(model, dtype, device, trust_remote_code)
+    results, refused = run_all(wanted, opened, model=network)
+    unmet |= refused
+    if asked and refused:
+        raise ConfigError("; ".join(f"{name}: {why}" for name, why in refused.items()))
+    _show(opened, wanted, results, unmet, as_json)
+
+
+def _unmet(metric: Metric, trace: Trace, model: Path | None) -> str | None:
+    from collegium.measure.metric import missing_needs
+
+    if "other" in metric.needs:
+        return "needs a second trace; use collegium compare"
+    if "model" in metric.needs and model is None:
+        return "needs the model; give --model"
+    return missing_needs(metric, trace)
+
+
+def _open_model(model: Path | None, dtype: str | None, device: str | None, trust_remote_code: bool) -> Any:
+    from collegium.cli._model import open_folder, open_model
+
+    if model is None:
+        return None
+    folder = open_folder(model, trust_remote_code=trust_remote_code).folder
+    return open_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+
+def _show(
+    trace: Trace, wanted: list[Metric], results: dict[str, list[Any]], unmet: dict[str, str], as_json: bool
+) -> None:
+    from rich.console import Console
+
+    from collegium.cli._metrics import result_table
+    from collegium.measure.metric import plain
+
+    questions = {metric.name: metric for metric in wanted}
+    if as_json:
+        found = {
+            name: {"question": questions[name].question, "results": plain(value)} for name, value in results.items()
+        }
+        record = {"trace": str(trace.folder), "tokens": len(trace), "metrics": found, "not_measured": unmet}
+        typer.echo(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False))
+        return
+    console = Console()
+    for name, value in results.items():
+        console.print(result_table(questions[name], value))
+    for name, why in sorted(unmet.items()):
+        console.print(f"[bold]{name}[/bold] {why}", highlight=False)
+
+
+def _list(known: list[Metric], as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if as_json:
+        record = [{"name": m.name, "question": m.question, "needs": sorted(m.needs)} for m in known]
+        typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
+        return
+    table = Table("metric", "question", "needs beside a trace")
+    for metric in known:
+        table.add_row(metric.name, metric.question, ", ".join(sorted(metric.needs)))
+    Console().print(table)

@@ -1,0 +1,95 @@
+"""Probabilities of routers, from logits."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from collegium.errors import TraceError
+from collegium.measure.confidence import QUANTILES, router_confidence
+from measure_traces import make_trace
+
+P = np.array([[0.6, 0.25, 0.1, 0.05]])
+
+
+def test_softmax_by_hand(tmp_path: Path) -> None:
+    (found,) = router_confidence(make_trace(tmp_path / "t", {3: [[0]]}, 4, logits={3: np.log(P) + 2}))
+    assert found.layer == 3
+    assert list(found.margin) == list(QUANTILES)
+    assert all(value == pytest.approx(0.35, abs=1e-3) for value in found.margin.values())
+    assert found.top_mass.value == pytest.approx(0.6, abs=1e-3)
+    assert found.entropy.value == pytest.approx(-(P * np.log2(P)).sum(), abs=1e-3)
+    assert found.k_for_mass == {0.5: 1, 0.8: 2, 0.9: 3}
+    assert found.fragile == 0
+
+
+def test_choices_that_are_not_the_best_have_negative_margins(tmp_path: Path) -> None:
+    experts = [[1, 0], [0, 2], [3, 2]]
+    (found,) = router_confidence(make_trace(tmp_path / "t", {0: experts}, 4, logits={0: np.log(P).repeat(3, 0)}))
+    assert found.margin[0.5] == pytest.approx(0.1 - 0.25, abs=1e-3)
+    assert found.fragile == pytest.approx(2 / 3)
+    assert found.top_mass.value == pytest.approx((0.85 + 0.7 + 0.15) / 3, abs=1e-3)
+
+
+def test_sigmoid_is_normalised_for_masses_and_not_for_margins(tmp_path: Path) -> None:
+    p = np.array([[0.9, 0.5, 0.3, 0.3]])
+    trace = make_trace(tmp_path / "t", {0: [[0, 1]]}, 4, logits={0: np.log(p / (1 - p))}, score="sigmoid")
+    (found,) = router_confidence(trace)
+    assert found.margin[0.5] == pytest.approx(0.2, abs=1e-3)
+    assert found.top_mass.value == pytest.approx(0.7, abs=1e-3)
+    q = p / 2
+    assert found.entropy.value == pytest.approx(-(q * np.log2(q)).sum(), abs=1e-3)
+    assert found.k_for_mass == {0.5: 2, 0.8: 3, 0.9: 4}
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_many_tokens_against_numpy(tmp_path: Path, score: str) -> None:
+    """Several parts, recorded out of reading order, layers of other sizes, ragged tokens."""
+    rng = np.random.default_rng(0)
+    N, sizes, logits, experts = 150, {0: 12, 2: 7}, {}, {}
+    for layer, E in sizes.items():
+        logits[layer] = rng.normal(size=(N, E)).astype(np.float16)
+        experts[layer] = np.argsort(-logits[layer], 1)[:, :3]
+        experts[layer][rng.random(N) < 0.2, 2] = E
+    trace = make_trace(
+        tmp_path / "t", experts, sizes, logits=logits, score=score, sequences=np.arange(N) % 10, part_rows=40
+    )
+    for found, (layer, E) in zip(router_confidence(trace), sizes.items(), strict=True):
+        z = logits[layer].astype(np.float64)
+        p = np.exp(z) / np.exp(z).sum(1, keepdims=True) if score == "softmax" else 1 / (1 + np.exp(-z))
+        q = p / p.sum(1, keepdims=True)
+        chosen = (experts[layer][:, :, None] == np.arange(E)).any(1)
+        margin = np.where(chosen, p, np.inf).min(1) - np.where(chosen, -np.inf, p).max(1)
+        assert list(found.margin.values()) == pytest.approx(np.quantile(margin, QUANTILES).tolist(), abs=1e-5)
+        assert found.fragile == pytest.approx((margin < 0.01).mean())
+        assert found.top_mass.value == pytest.approx((q * chosen).sum(1).mean(), abs=1e-5)
+        assert found.entropy.value == pytest.approx(-(q * np.log2(q)).sum(1).mean(), abs=1e-4)
+        reached = -np.sort(-q, 1).cumsum(1)
+        for mass, k in found.k_for_mass.items():
+            assert k == pytest.approx((1 + (reached < mass).sum(1)).mean(), abs=0.01)
+        assert found.top_mass.low < found.top_mass.value < found.top_mass.high
+
+
+def test_masked_and_flat_logits_and_tokens_without_a_margin(tmp_path: Path) -> None:
+    logits = np.array([[0.0, -np.inf], [0.0, 0.0]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (masked,) = router_confidence(make_trace(tmp_path / "a", {0: [[0], [0]]}, 2, logits={0: logits}))
+        (full,) = router_confidence(make_trace(tmp_path / "b", {0: [[0, 1], [2, 2]]}, 2, logits={0: logits}))
+    assert masked.entropy.value == pytest.approx(0.5)  # 0 bits and 1 bit
+    assert masked.margin[0.5] == pytest.approx(0.5)  # between 1 and 0
+    assert masked.fragile == pytest.approx(0.5)
+    assert all(np.isnan(value) for value in full.margin.values())
+    assert full.top_mass.value == pytest.approx(0.5)
+    assert full.fragile == 0
+
+
+def test_other_scores_and_traces_without_logits_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="without router logits"):
+        router_confidence(make_trace(tmp_path / "a", {0: [[0]]}, 2))
+    trace = make_trace(tmp_path / "b", {5: [[0]]}, 2, logits={5: np.zeros((1, 2))}, score="sqrtsoftplus")
+    with pytest.raises(TraceError, match="layer 5 is 'sqrtsoftplus'"):
+        router_confidence(trace)
