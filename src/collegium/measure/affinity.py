@@ -108,7 +108,7 @@ def _affinity(trace: Trace, tokens: Tokens, layers: tuple[int, int], here: Array
     sums = _pair_sums(
         here, there, pointwise_information(counts), _likeliest(transition, K), tokens.block, tokens.num_blocks
     )
-    information, concentration = means(sums)
+    information, concentration = means(sums, (0, (np.inf, 1)))
     weight = shuffled.sum(1)
     return Affinity(
         layer=layers[0],

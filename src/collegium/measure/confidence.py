@@ -110,7 +110,7 @@ def router_confidence(trace: Trace) -> list[Confidence]:
 def _confidence(layer: int, margin: Array, sums: Array) -> Confidence:
     known = margin[~np.isnan(margin)]
     quantiles = np.quantile(known, QUANTILES).tolist() if len(known) else [np.nan] * len(QUANTILES)
-    top_mass, entropy = means(sums[:, [0, 1, -1]])
+    top_mass, entropy = means(sums[:, [0, 1, -1]], (0, (1, np.inf)))
     total = sums.sum(0)
     return Confidence(
         layer=layer,

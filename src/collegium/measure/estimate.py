@@ -6,7 +6,7 @@ blocks first; a metric then keeps its additive statistics once a block, and a re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,11 @@ import numpy as np
 
 from collegium.rng import seed_of
 
-__all__ = ["MAX_BLOCKS", "Estimate", "bootstrap"]
+__all__ = ["MAX_BLOCKS", "Bounds", "Estimate", "bootstrap"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+Bounds = tuple[float | Sequence[float], float | Sequence[float]]
 
 MAX_BLOCKS = 64
 RESAMPLES = 400
@@ -38,13 +40,19 @@ class Estimate:
 
 
 def bootstrap(
-    blocks: Array, statistic: Callable[[Array], Any], *, resamples: int = RESAMPLES, seed: int = 0
+    blocks: Array,
+    statistic: Callable[[Array], Any],
+    *,
+    bounds: Bounds = (-np.inf, np.inf),
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> list[Estimate]:
     """Basic bootstrap intervals ``[2 v - q(97.5 %), 2 v - q(2.5 %)]`` of numbers made from additive statistics.
 
     Args:
         blocks: ``[B, ...]`` sums of each block of documents.
         statistic: from a sum over blocks ``[...]`` to one number or a vector of numbers.
+        bounds: lowest and highest possible value (of all numbers, or one for each); intervals are cut there.
         resamples: how many resamples.
         seed: of the resampling.
 
@@ -61,4 +69,5 @@ def bootstrap(
     for i, times in enumerate(rng.multinomial(B, np.full(B, 1 / B), size=resamples)):
         found[i] = np.atleast_1d(statistic((times @ flat).reshape(blocks.shape[1:])))
     low, high = np.nanquantile(found, [0.025, 0.975], axis=0)
-    return [Estimate(float(v), float(2 * v - h), float(2 * v - w)) for v, w, h in zip(value, low, high, strict=True)]
+    ends = (np.clip(2 * value - end, *bounds) for end in (high, low))
+    return [Estimate(*map(float, number)) for number in zip(value, *ends, strict=True)]

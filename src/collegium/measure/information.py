@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from collegium.measure.estimate import Estimate, bootstrap
+from collegium.measure.estimate import Bounds, Estimate, bootstrap
 
 __all__ = ["means", "mutual_information", "pointwise_information"]
 
@@ -33,12 +33,13 @@ def mutual_information(counts: Array) -> float:
     return max(float((counts * pointwise_information(counts)).sum() / max(counts.sum(), 1)), 0.0)
 
 
-def means(sums: Array) -> list[Estimate]:
+def means(sums: Array, bounds: Bounds = (-np.inf, np.inf)) -> list[Estimate]:
     """Means with bootstrap intervals from sums of each block.
 
     Args:
         sums: ``[B, M + 1]``: sums of M quantities, and of their common weight in the last column. Blocks of weight 0
             are left out.
+        bounds: lowest and highest possible mean.
 
     Returns:
         M estimates, NaN where no block has any weight.
@@ -46,4 +47,4 @@ def means(sums: Array) -> list[Estimate]:
     seen = sums[sums[:, -1] > 0]
     if not len(seen):
         return [Estimate(np.nan, np.nan, np.nan)] * (sums.shape[1] - 1)
-    return bootstrap(seen, lambda total: total[:-1] / total[-1])
+    return bootstrap(seen, lambda total: total[:-1] / total[-1], bounds=bounds)

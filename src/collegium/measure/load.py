@@ -121,7 +121,8 @@ def _load(layer: int, group: str | None, counts_BE: Array, dropped: Array | None
     share = counts / max(total, 1)
     violation, cv, entropy = [Estimate(np.nan, np.nan, np.nan)] * 3
     if total:
-        violation, cv, entropy = bootstrap(counts_BE[counts_BE.any(1)], balance)
+        most = (E - 1, float(np.sqrt(E - 1)), float(np.log2(E)))
+        violation, cv, entropy = bootstrap(counts_BE[counts_BE.any(1)], balance, bounds=(0, most))
     requested = None
     if dropped is not None:
         requested = float(balance(counts + dropped)[0]) if total + dropped.sum() else np.nan

@@ -55,12 +55,18 @@ class Locality:
     bound: Array
 
     def summary(self) -> dict[str, int | float | str | Estimate | None]:
-        """One table row."""
+        """One table row: everything of the segment nearest to 16 tokens, and SRP of the others."""
         row: dict[str, int | float | str | Estimate | None] = {"layer": "all" if self.layer is None else self.layer}
-        for at, m in enumerate(self.segments.tolist()):
-            row[f"SRP {m}"] = self.srp[at]
-            row[f"shuffled {m}"] = float(self.shuffled[at])
-            row[f"size {m}"] = float(self.size_ratio[at])
+        middle = int(np.abs(self.segments - 16).argmin())
+        m = int(self.segments[middle])
+        row |= {
+            f"SRP {m}": self.srp[middle],
+            f"shuffled {m}": float(self.shuffled[middle]),
+            f"size {m}": float(self.size_ratio[middle]),
+        }
+        for at, length in enumerate(self.segments.tolist()):
+            if at != middle:
+                row[f"SRP {length}"] = self.srp[at].value
         return row
 
 
@@ -129,7 +135,7 @@ def _locality(layer: int | None, lengths: Array, by_block: Array, shuffled: Arra
     srp = [Estimate(np.nan, np.nan, np.nan)] * len(lengths)
     if len(defined):
         filled = by_block[by_block.any(1)]
-        estimates = bootstrap(filled, lambda windows: segment_routers(windows, lengths)[defined, 0])
+        estimates = bootstrap(filled, lambda windows: segment_routers(windows, lengths)[defined, 0], bounds=(0, 1))
         for at, estimate in zip(defined, estimates, strict=True):
             srp[at] = estimate
     return Locality(

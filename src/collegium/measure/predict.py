@@ -93,7 +93,7 @@ def predictability(trace: Trace, model: nn.Module | None = None) -> list[Predict
         from collegium.measure.predict_gate import gate_recalls  # needs torch
 
         for layer, (sums, norm) in gate_recalls(trace, model, tokens, held).items():
-            recalls[layer]["gate input"] = means(sums)[0]
+            recalls[layer]["gate input"] = means(sums, (0, 1))[0]
             norms[layer] = norm
     return [
         Predictability(layer, recalls[layer], min(entry.top_k / entry.num_experts, 1.0), norms.get(layer))
@@ -127,7 +127,7 @@ def _table_recalls(trace: Trace, tokens: Tokens, held: Array) -> dict[int, dict[
             rates = (transition / np.maximum(transition.sum(1, keepdims=True), 1)).astype(np.float32)
             hits["previous layer"] = _previous_layer(before, experts, at, rates, share, K)
         sums = [np.bincount(tokens.block[at], found, tokens.num_blocks) for found in (*hits.values(), used[at])]
-        recalls[layer] = dict(zip(hits, means(np.stack(sums, 1)), strict=True))
+        recalls[layer] = dict(zip(hits, means(np.stack(sums, 1), (0, 1)), strict=True))
         before, P = experts, E
     return recalls
 

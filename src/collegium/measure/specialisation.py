@@ -97,7 +97,7 @@ def domain_information(trace: Trace, *, shuffles: int = 20, seed: int = 0) -> li
         control = [mutual_information(_joint(counts_DE, labels, C)) for labels in relabelled]
         bits_D = (counts_DE * pointwise_information(joint_CE)[domain_D]).sum(1)
         sums = [np.bincount(block_D, values, tokens.num_blocks) for values in (bits_D, counts_DE.sum(1))]
-        (bits,) = means(np.stack(sums, 1))
+        (bits,) = means(np.stack(sums, 1), (0, np.inf))
         found.append(
             DomainInformation(
                 layer=layer,

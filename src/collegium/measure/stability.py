@@ -72,7 +72,7 @@ def routing_fluctuation(trace: Trace, other: Trace) -> list[Fluctuation]:
     for layer in trace.layers:
         E = trace.meta.layer(layer).num_experts
         here, there = tokens.experts(trace, layer), others.experts(other, layer)
-        changed, overlap = means(_compare(here, there, E, tokens.block, tokens.num_blocks))
+        changed, overlap = means(_compare(here, there, E, tokens.block, tokens.num_blocks), (0, 1))
         found.append(Fluctuation(layer, changed, overlap, _load_entropy(here, E), _load_entropy(there, E)))
     return found
 
@@ -143,7 +143,7 @@ def early_routing(trace: Trace, other: Trace, *, min_hits: int = 20, seed: int =
     for layer in trace.layers:
         E = trace.meta.layer(layer).num_experts
         p, q = (_shares(t.experts(of, layer), group, V, E) for t, of in ((tokens, trace), (others, other)))
-        overlap, similarity = means(_id_sums(p, q))
+        overlap, similarity = means(_id_sums(p, q), (0, 1))
         control = _id_sums(p, q[partner]).sum(0) if V > 1 else np.full(3, np.nan)
         control /= max(control[-1], 1)
         found.append(EarlyRouting(layer, overlap, similarity, float(control[1]), float(control[0]), V))

@@ -130,7 +130,7 @@ def _of_layer(
     used = max(float(sums[:, 1].sum()), 1.0)
     return TokenInformation(
         layer=layer,
-        token=means(sums)[0] if sums[:, 1].any() else Estimate(0.0, np.nan, np.nan),
+        token=means(sums, (0, np.inf))[0] if sums[:, 1].any() else Estimate(0.0, np.nan, np.nan),
         token_control=bits(other_ids),
         position=bits(positions),
         position_control=bits(other_positions),
