@@ -23,7 +23,15 @@ def test_softmax_by_hand(tmp_path: Path) -> None:
     assert found.top_mass.value == pytest.approx(0.6, abs=1e-3)
     assert found.entropy.value == pytest.approx(-(P * np.log2(P)).sum(), abs=1e-3)
     assert found.k_for_mass == {0.5: 1, 0.8: 2, 0.9: 3}
+    assert found.changed_by_k == {2: 1}  # the second would take 0.25 of 0.85
     assert found.fragile == 0
+
+
+def test_tokens_that_another_k_would_change(tmp_path: Path) -> None:
+    """K = 2: the sure token would be served by one expert, the torn one would miss any."""
+    p = np.array([[0.96, 0.03, 0.005, 0.005], [0.25, 0.25, 0.25, 0.25]])
+    (found,) = router_confidence(make_trace(tmp_path / "t", {0: [[0, 1], [0, 1]]}, 4, logits={0: np.log(p)}))
+    assert found.changed_by_k == {1: 0.5, 3: 0.5, 4: 0.5}
 
 
 def test_choices_that_are_not_the_best_have_negative_margins(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ Score = Callable[[Array], tuple[Array, Array, Array]]
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9)
 MASSES = (0.5, 0.8, 0.9)
 FRAGILE = 0.01
+CHANGED = 0.05
+"""Part of the combine weight that has to move for a token to count as changed by another k."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,8 @@ class Confidence:
         top_mass: mean mass of p on the chosen experts.
         entropy: mean entropy of p, bits; log2(E) for a router that knows nothing.
         k_for_mass: share of the mass -> mean number of experts, best first, that reach it.
+        changed_by_k: k -> share of tokens that k experts instead of the layer's K would change: more than 5 % of their
+            combine weight, renormalised over the k likeliest experts, would move. For about K / 2, K - 1, K + 1, 2 K.
         fragile: share of tokens with a margin under 0.01: a small change of the input, or of the precision, changes
             their experts.
     """
@@ -55,6 +59,7 @@ class Confidence:
     top_mass: Estimate
     entropy: Estimate
     k_for_mass: dict[float, float]
+    changed_by_k: dict[int, float]
     fragile: float
 
     def summary(self) -> dict[str, int | float | str | Estimate | None]:
@@ -66,6 +71,7 @@ class Confidence:
             "mass of the chosen": self.top_mass,
             "entropy, bits": self.entropy,
             **{f"experts for {mass:.0%}": k for mass, k in self.k_for_mass.items()},
+            **{f"changed by k = {k}": share for k, share in self.changed_by_k.items()},
         }
 
 
@@ -91,8 +97,8 @@ def router_confidence(trace: Trace) -> list[Confidence]:
     scores = {layer: _score(trace, layer) for layer in trace.layers}
     tokens = read_tokens(trace)
     block = _row_blocks(tokens)
-    columns = len(MASSES) + 4
-    sums = {layer: np.zeros((tokens.num_blocks, columns)) for layer in trace.layers}
+    other_k = {layer: _other_k(trace, layer) for layer in trace.layers}
+    sums = {layer: np.zeros((tokens.num_blocks, len(MASSES) + len(other_k[layer]) + 4)) for layer in trace.layers}
     margins = {layer: np.empty(len(tokens), np.float32) for layer in trace.layers}
     names = [f"{kind}_{layer}" for layer in trace.layers for kind in ("expert", "logits")]
     for part in trace.iter_parts(names):
@@ -100,14 +106,21 @@ def router_confidence(trace: Trace) -> list[Confidence]:
         for layer in trace.layers:
             p, total, entropy = scores[layer](part.logits(layer).astype(np.float32))
             experts = np.ascontiguousarray(part.experts(layer))
-            least = _add(p, np.sort(p, 1), total, entropy, experts, block[rows], sums[layer])
+            K = min(trace.meta.layer(layer).top_k, p.shape[1])
+            least = _add(p, np.sort(p, 1), total, entropy, experts, block[rows], K, other_k[layer], sums[layer])
             best = p.max(1)  # of those not chosen: the others are -1 by now
             margins[layer][rows] = np.where((best < 0) | np.isinf(least), np.float32(np.nan), least - best)
             sums[layer][:, -2] += np.bincount(block[rows], margins[layer][rows] < FRAGILE, tokens.num_blocks)
-    return [_confidence(layer, margins[layer], sums[layer]) for layer in trace.layers]
+    return [_confidence(layer, margins[layer], other_k[layer], sums[layer]) for layer in trace.layers]
 
 
-def _confidence(layer: int, margin: Array, sums: Array) -> Confidence:
+def _other_k(trace: Trace, layer: int) -> Array:
+    entry = trace.meta.layer(layer)
+    K = entry.top_k
+    return np.array(sorted({k for k in (K // 2, K - 1, K + 1, 2 * K) if 1 <= k <= entry.num_experts} - {K}), np.int64)
+
+
+def _confidence(layer: int, margin: Array, other_k: Array, sums: Array) -> Confidence:
     known = margin[~np.isnan(margin)]
     quantiles = np.quantile(known, QUANTILES).tolist() if len(known) else [np.nan] * len(QUANTILES)
     top_mass, entropy = means(sums[:, [0, 1, -1]], (0, (1, np.inf)))
@@ -117,7 +130,8 @@ def _confidence(layer: int, margin: Array, sums: Array) -> Confidence:
         margin=dict(zip(QUANTILES, quantiles, strict=True)),
         top_mass=top_mass,
         entropy=entropy,
-        k_for_mass=dict(zip(MASSES, (total[2:-2] / total[-1]).tolist(), strict=True)),
+        k_for_mass=dict(zip(MASSES, (total[2 : 2 + len(MASSES)] / total[-1]).tolist(), strict=True)),
+        changed_by_k=dict(zip(other_k.tolist(), (total[2 + len(MASSES) : -2] / total[-1]).tolist(), strict=True)),
         fragile=float(total[-2] / total[-1]),
     )
 
@@ -160,8 +174,19 @@ _SCORES: dict[str, Score] = {"softmax": _softmax, "sigmoid": _sigmoid}
 
 
 @njit(cache=True, nogil=True)
-def _add(p: Array, ascending: Array, total: Array, entropy: Array, experts: Array, block: Array, sums: Array) -> Array:
-    """Add one part to ``sums [B, mass of the chosen, entropy, experts for MASSES, -, tokens]``; chosen p become -1.
+def _add(
+    p: Array,
+    ascending: Array,
+    total: Array,
+    entropy: Array,
+    experts: Array,
+    block: Array,
+    K: int,
+    other_k: Array,
+    sums: Array,
+) -> Array:
+    """Add one part to ``sums [B, mass of the chosen, entropy, experts for MASSES, tokens changed by other k, -,
+    tokens]``; chosen p become -1.
 
     Returns:
         ``[N]`` p of the least of the chosen, infinite where there is none.
@@ -183,6 +208,12 @@ def _add(p: Array, ascending: Array, total: Array, entropy: Array, experts: Arra
                 k += 1
                 reached += ascending[n, E - k]
             into[2 + q] += k
+        # the weights of the fewer experts are those of the more, scaled up: what moves is what the others held
+        for i in range(len(other_k)):
+            fewer, more = min(K, other_k[i]), max(K, other_k[i])
+            beyond = ascending[n, E - more : E - fewer].sum()
+            held = ascending[n, E - fewer :].sum()
+            into[2 + len(MASSES) + i] += beyond > CHANGED * (held + beyond)
         into[0] += mass / total[n]
         into[1] += entropy[n]
         into[-1] += 1
