@@ -35,6 +35,8 @@ KINDS = {
     "layer": "how a whole MoE block is put together",
     "schedule": "a learning-rate schedule",
     "metric": "a number or figure read from a trace or a model",
+    "importance": "statistics -> what each expert is worth",
+    "planner": "scores -> a plan",
 }
 """Every kind of method and what its members do. A later room adds its kind here."""
 

@@ -11,6 +11,7 @@
     ├── DataError              a corpus cannot be read, or nothing usable is in it
     ├── TraceError             a trace folder is not readable
     ├── StatisticsError        a folder of statistics is not readable
+    ├── PlanError              a plan is not readable, contradicts itself, or is for another model
     └── StorageError           a file could not be written (disk full, no permission)
 
 A message says what was wrong, the value seen, where, and what to do. The command line prints it on one
@@ -27,6 +28,7 @@ __all__ = [
     "ModelError",
     "NonFiniteError",
     "NotMoEError",
+    "PlanError",
     "RemoteCodeError",
     "StatisticsError",
     "StorageError",
@@ -77,6 +79,10 @@ class TraceError(CollegiumError):
 
 class StatisticsError(CollegiumError):
     """A folder of statistics is not readable."""
+
+
+class PlanError(CollegiumError):
+    """A plan is not readable, contradicts itself, or is for another model."""
 
 
 class StorageError(CollegiumError, OSError):

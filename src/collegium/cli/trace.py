@@ -13,8 +13,6 @@ import typer
 from collegium.cli._model import Device, Dtype, TrustRemoteCode
 
 if TYPE_CHECKING:
-    from collegium.data.corpus import Corpus
-    from collegium.data.document import Split
     from collegium.trace import Trace
 
 __all__ = ["run"]
@@ -56,6 +54,7 @@ def run(
 
     The trace is a folder of Parquet parts and can be read while it grows. Ctrl-C keeps what is there; --resume goes on.
     """
+    from collegium.cli._data import open_data, open_split
     from collegium.cli._model import open_folder, open_model, open_tokenizer, token_progress
     from collegium.data import document_batches
     from collegium.data.tokenize import tokenizer_fingerprint
@@ -68,12 +67,12 @@ def run(
     there = check_target(out, resume=resume, overwrite=overwrite)  # before a large model is read for nothing
     checkpoint = open_folder(model, trust_remote_code=trust_remote_code)
     tokenizer = open_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-    corpus = _open(data)
+    corpus = open_data(data)
     network = open_model(checkpoint.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     batches = document_batches(
         corpus,
         tokenizer,
-        _split(split),
+        open_split(split),
         sequence_length=sequence_length,
         batch_size=batch_size,
         max_tokens=tokens,
@@ -140,27 +139,3 @@ def _checked(batches: Iterator[dict[str, Any]], network: Any) -> Iterator[dict[s
     for batch in batches:
         check_ids(int(batch["input_ids"].max()), network)
         yield batch
-
-
-def _split(name: str | None) -> Split | None:
-    from collegium.data.document import SPLITS
-    from collegium.errors import ConfigError
-
-    if name not in (None, *SPLITS):
-        raise ConfigError(f"no split is named {name!r}; the splits are {', '.join(SPLITS)}")
-    return next((split for split in SPLITS if split == name), None)
-
-
-def _open(data: str) -> Corpus:
-    """A corpus, or one text file as a corpus of one document."""
-    from collegium.data.corpus import Corpus, Document, open_corpus
-    from collegium.errors import DataError
-
-    path = Path(data)
-    if not path.is_file() or path.suffix.lower() in (".jsonl", ".ndjson", ".parquet"):
-        return open_corpus(data)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a text file in UTF-8: {error}") from error
-    return Corpus(str(path), [(Document(text, path.stem, path.name), None)] if text.strip() else [])

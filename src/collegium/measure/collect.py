@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -25,6 +26,7 @@ from collegium.errors import ConfigError, ModelError, NonFiniteError, Unsupporte
 from collegium.experts.compute import compute
 from collegium.experts.from_module import expert_weights
 from collegium.experts.weights import ExpertWeights
+from collegium.measure.residual import Residuals
 from collegium.measure.statistics import Entry, LayerEntry, Statistics, StatisticsMeta
 from collegium.measure.tokens import read_tokens
 from collegium.rng import seed_of
@@ -37,16 +39,19 @@ from collegium.trace.run import Batch, batch_ids, batch_inputs
 __all__ = [
     "Collector",
     "Counts",
+    "Feed",
     "SiteBatch",
     "SiteCollection",
     "apply_experts",
+    "batch_columns",
     "collect",
     "layer_entry",
+    "statistics_meta",
     "trace_batches",
     "weights_of",
 ]
 
-Need = Literal["outputs", "logits"]
+Need = Literal["outputs", "logits", "residual"]
 
 
 def weights_of(site: Site) -> ExpertWeights:
@@ -93,6 +98,7 @@ class SiteBatch:
         routing: what the experts were told; with logits if a collector needs them.
         document, domain, position: ``[T]`` int64; domains are codes.
         valid: ``[T]`` bool, the tokens that count.
+        residual: ``[T, d]`` the residual stream entering the block, if a collector needs it, else None.
         token, expert: ``[A]`` int64 rows sorted by expert, in token order within one; dropped assignments left out.
         weight: ``[A]`` float32 combine weights of the rows.
         offsets: ``[E + 1]`` int64; rows ``offsets[e]:offsets[e + 1]`` are expert e's.
@@ -108,11 +114,12 @@ class SiteBatch:
         domain: Tensor,
         position: Tensor,
         valid: Tensor,
+        residual: Tensor | None = None,
         whole: SiteBatch | None = None,
     ) -> None:
         self.site, self.x, self.routing = site, x.detach(), routing
         self.document, self.domain, self.position, self.valid = document, domain, position, valid
-        self._whole = whole
+        self.residual, self._whole = residual, whole
         dispatch = routing.dispatch()
         live = valid[dispatch.token]
         order = dispatch.order[live]
@@ -146,6 +153,7 @@ class SiteBatch:
             domain=self.domain,
             position=self.position,
             valid=valid,
+            residual=self.residual,
             whole=self,
         )
 
@@ -155,7 +163,8 @@ class Collector(Protocol):
 
     Attributes:
         name: in the meta.
-        needs: "outputs" if it reads ``batch.outputs``, "logits" if it reads ``batch.routing.logits``.
+        needs: "outputs" if it reads ``batch.outputs``, "logits" if it reads ``batch.routing.logits``, "residual" if it
+            reads ``batch.residual``.
         statistics: what `finish` gives. With ``by_domain`` (all of them or none) the collector has one state a domain,
             and knows nothing of it.
     """
@@ -257,13 +266,13 @@ def layer_entry(site: Site) -> LayerEntry:
     )
 
 
-class _Feed:
+class Feed:
     """The tap that hands every block's batch to its collectors."""
 
     order = Order.OBSERVE
 
-    def __init__(self, collections: Mapping[str, SiteCollection]) -> None:
-        self.collections = collections
+    def __init__(self, collections: Mapping[str, SiteCollection], residuals: Residuals | None) -> None:
+        self.collections, self.residuals = collections, residuals
         self.columns: dict[str, Tensor] = {}
 
     def __call__(self, site: Site, x: Tensor, routing: Routing) -> None:
@@ -273,7 +282,8 @@ class _Feed:
                 "statistics need every token in every MoE block"
             )
         columns: dict[str, Any] = {name: values.to(x.device) for name, values in self.columns.items()}
-        self.collections[site.path].update(SiteBatch(site, x, routing, **columns))
+        residual = None if self.residuals is None else self.residuals.take(site)
+        self.collections[site.path].update(SiteBatch(site, x, routing, residual=residual, **columns))
 
 
 def collect(
@@ -304,20 +314,22 @@ def collect(
         ConfigError: two collectors give one statistic, or a batch does not fit.
     """
     collectors = [Counts(), *(one for one in collectors if not isinstance(one, Counts))]
-    meta = _meta(model, collectors, name, fingerprint, data, domains)
+    meta = statistics_meta(model, collectors, name, fingerprint, data, domains)
     found = sites(model)
-    feed = _Feed({site.path: SiteCollection(site, collectors, len(domains)) for site in found})
+    needs = {need for one in collectors for need in one.needs}
+    residuals = Residuals(model, found) if "residual" in needs else None
+    feed = Feed({site.path: SiteCollection(site, collectors, len(domains)) for site in found}, residuals)
     accepts = inspect.signature(model.forward).parameters
     device = next(model.parameters()).device
     training, seen = model.training, 0
     model.eval()
     try:
-        with tap(model, feed, logits=any("logits" in one.needs for one in collectors)), torch.no_grad():
+        with residuals or nullcontext(), tap(model, feed, logits="logits" in needs), torch.no_grad():
             for batch in batches:
                 if max_tokens is not None and seen >= max_tokens:
                     break
                 ids, mask = batch_ids(batch, device)
-                feed.columns = _columns(batch, ids, mask, len(domains))
+                feed.columns = batch_columns(batch, ids, mask, len(domains))
                 if max_tokens is not None:
                     feed.columns["valid"] &= feed.columns["valid"].cumsum(0) <= max_tokens - seen
                 model(**batch_inputs(ids, mask, batch, accepts))
@@ -333,7 +345,7 @@ def collect(
     return Statistics(meta.model_copy(update={"tokens": seen}), tensors)
 
 
-def _columns(batch: Batch, ids: Tensor, mask: Tensor, num_domains: int) -> dict[str, Tensor]:
+def batch_columns(batch: Batch, ids: Tensor, mask: Tensor, num_domains: int) -> dict[str, Tensor]:
     """``[T]`` document, domain, position and valid of a batch; documents are rows if not given."""
     B, S = ids.shape
     given = {
@@ -348,7 +360,7 @@ def _columns(batch: Batch, ids: Tensor, mask: Tensor, num_domains: int) -> dict[
     return {**columns, "valid": mask.reshape(-1).cpu()}
 
 
-def _meta(
+def statistics_meta(
     model: Any,
     collectors: Sequence[Collector],
     name: str | None,

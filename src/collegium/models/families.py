@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["BIAS_IS_PARAMETER", "KEYS", "TOP_K", "lookup"]
+__all__ = ["BIAS_IS_PARAMETER", "KEYS", "SECTIONS", "TOP_K", "lookup"]
 
 KEYS: dict[str, tuple[str, ...]] = {
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"),
@@ -20,6 +20,9 @@ KEYS: dict[str, tuple[str, ...]] = {
     "expert_width": ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size", "intermediate_size", "d_ff"),
     "shared": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert"),
     "layers": ("num_hidden_layers", "n_layers", "num_layers", "n_layer"),
+    "groups": ("n_group", "num_expert_group"),
+    "top_groups": ("topk_group",),
+    "group_method": ("topk_method",),
     "score": (
         "scoring_func",
         "score_function",
@@ -29,7 +32,7 @@ KEYS: dict[str, tuple[str, ...]] = {
 }
 """Fact -> the config keys that may hold it, first match wins."""
 
-_SECTIONS = (
+SECTIONS = (
     "collegium.moe",
     "",
     "text_config",
@@ -42,13 +45,15 @@ _SECTIONS = (
 TOP_K: dict[str, int] = {"switch_transformers": 1, "nllb-moe": 2}
 """K of families whose config has no key for it."""
 
-BIAS_IS_PARAMETER = frozenset({"afmoe", "ernie4_5_moe", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "laguna"})
+BIAS_IS_PARAMETER = frozenset(
+    {"afmoe", "ernie4_5_moe", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "inkling2_text", "laguna"}
+)
 """Families that keep the selection bias as a parameter; elsewhere it is a buffer and not counted as one."""
 
 
 def lookup(config: dict[str, Any], fact: str) -> Any:
     """The value of `fact` (a key of `KEYS`) in a raw config or one of its text sections; None if it is not there."""
-    for section in _SECTIONS:
+    for section in SECTIONS:
         table: Any = config
         for step in section.split(".") if section else ():
             table = table.get(step) if isinstance(table, dict) else None

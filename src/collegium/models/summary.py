@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from collegium.errors import CheckpointError, RemoteCodeError
 from collegium.family_scores import family_score
 from collegium.models.checkpoint import BITS, Checkpoint, TensorInfo, refuse_remote_code
 from collegium.models.families import BIAS_IS_PARAMETER, TOP_K, lookup
 
-__all__ = ["PARTS", "LayerSummary", "Summary", "part_of", "predict_tensors", "summarize"]
+__all__ = ["PARTS", "LayerSummary", "Summary", "layer_of", "part_of", "predict_tensors", "split_extra", "summarize"]
+
+T = TypeVar("T")
 
 PARTS = ("experts", "shared_experts", "router", "attention", "dense", "embedding", "other")
 """Parts of a model: routed experts, shared experts, routers (with their biases), token mixing (attention, state space,
@@ -34,6 +37,7 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("shared_experts", re.compile(r"shared_expert|share_expert|shared_mlp")),
     ("experts", re.compile(r"(^|\.)experts\.(?!(router|bias)(\.|$))|(mlp|block_sparse_moe)\.(input|output)_linear\.")),
     ("experts", re.compile(r"mlp\.(up|down)_embed\.")),  # Doge keeps its experts as rows of an embedding
+    ("router", re.compile(r"^gate\.")),  # right in the layer (Mistral Large 4)
     ("router", re.compile(r"tid2eid|(^|\.)(router|router_gate)\.")),
     ("router", re.compile(r"(mlp|mlp\.\w+_moe|block_sparse_moe|feed_forward|mixer|ffn|moe)\.gate\.")),
     (
@@ -128,7 +132,7 @@ def summarize(checkpoint: Checkpoint) -> Summary:
     if config.get("tie_word_embeddings") and any("embed_tokens" in name for name in tensors):
         tensors = {name: info for name, info in tensors.items() if name != "lm_head.weight"}
     family = _text_family(config)
-    main, extra = _split_extra(tensors, lookup(config, "layers"))
+    main, extra = split_extra(tensors, lookup(config, "layers"))
     counts = {name: _parameters(name, info, config, family) for name, info in tensors.items()}
     parts = dict.fromkeys(PARTS, (0, 0))
     dtypes: Counter[str] = Counter()
@@ -144,7 +148,7 @@ def summarize(checkpoint: Checkpoint) -> Summary:
         family=str(config.get("model_type", "unknown")),
         architecture=_architecture(config),
         source=source,
-        num_layers=len({key for name in main if (key := _layer_of(name)) and not _TOWER.search(name)}),
+        num_layers=len({key for name in main if (key := layer_of(name)) and not _TOWER.search(name)}),
         moe_layers=moe,
         shared_experts=_shared_experts(config, parts["shared_experts"][0]),
         score=_score(config, family) if moe else None,
@@ -250,17 +254,17 @@ def _score(config: dict[str, Any], family: str) -> str | None:
 
 
 @lru_cache(maxsize=1 << 17)
-def _layer_of(name: str) -> tuple[str, int] | None:
+def layer_of(name: str) -> tuple[str, int] | None:
     """``("model.layers", 3)`` of ``model.layers.3.mlp...``; None for a tensor of no layer."""
     match = _LAYER.search(name)
     return (name[: match.start()], int(match[1])) if match else None
 
 
-def _split_extra(tensors: dict[str, TensorInfo], layers: object) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
+def split_extra(tensors: Mapping[str, T], layers: object) -> tuple[dict[str, T], dict[str, T]]:
     """Split off the layers beyond ``num_hidden_layers``: multi-token prediction, which transformers does not load."""
 
     def is_extra(name: str) -> bool:
-        key = _layer_of(name)
+        key = layer_of(name)
         beyond = key is not None and isinstance(layers, int) and key[1] >= layers
         return name.startswith("mtp.") or (beyond and key is not None and bool(_MAIN_STACK.search(key[0])))
 
@@ -294,7 +298,7 @@ def _moe_layers(
 ) -> tuple[LayerSummary, ...]:
     layers: dict[tuple[str, int], list[str]] = {}
     for name in tensors:
-        if (key := _layer_of(name)) is not None:
+        if (key := layer_of(name)) is not None:
             layers.setdefault(key, []).append(name)
     found = []
     top_k = lookup(config, "top_k") or TOP_K.get(family) or _default_top_k(config)
@@ -328,7 +332,8 @@ def _num_experts(names: list[str], tensors: dict[str, TensorInfo], configured: i
     ids: dict[str, set[str]] = {}
     for name in names:
         if match := _EXPERT_ID.search(name):
-            ids.setdefault(name[match.end() :], set()).add(match[1])
+            # by matrix, as quantisers may store the same matrix of two experts under different names
+            ids.setdefault(name[match.end() :].partition(".")[0], set()).add(match[1])
     if ids:
         # the fewest, because LongCat also stores an up projection for experts that compute nothing
         return min(map(len, ids.values()))

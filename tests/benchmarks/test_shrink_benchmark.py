@@ -1,0 +1,34 @@
+"""The benchmark of pruning, small: what it makes up is a model, what it measures is a pruning and a copy."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from collegium.benchmarks import shrink
+from collegium.models.checkpoint import open_checkpoint
+
+
+def test_what_it_makes_up_is_a_finite_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shrink, "SHARD_BYTES", 20_000)
+    shrink.synthesise(tmp_path / "model", 2, E=8, d=32, f=16, vocabulary=64)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    checkpoint.verify_finite()
+    assert len({info.file for info in checkpoint.tensors.values()}) > 1
+    report = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)[1]
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert [layer.keep for layer in shrink.halve(tmp_path / "model").layers] == [(0, 2, 4, 6)] * 2
+
+
+def test_rows_hold_both_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shrink, "TURNS", 1)
+    monkeypatch.setattr(shrink, "synthesise", partial(shrink.synthesise, E=8, d=32, f=16, vocabulary=64))
+    speed, memory = shrink.run(True, lambda line: None)
+    assert speed.goal == 0.7
+    assert 0 < speed.ours < 60
+    assert speed.peer is not None
+    assert (memory.most, memory.unit) == (1.5e9, "bytes")
+    assert 5e7 < memory.ours < 1.5e9
