@@ -23,6 +23,7 @@ bench: $(STAMP)  ## every benchmark, as ratios against a peer in the same run
 	$(BIN)/collegium bench experts
 	$(BIN)/collegium bench trace
 	$(BIN)/collegium bench measure
+	$(BIN)/collegium bench shrink
 
 docs: $(STAMP)   ## build the documentation into site/ (a broken link fails)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
