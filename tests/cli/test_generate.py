@@ -64,7 +64,7 @@ def test_prompt_from_standard_input(model: Path) -> None:
 
 
 def test_a_dense_model_generates_too(tmp_path: Path) -> None:
-    generate(model_folder(tmp_path, "llama"), PROMPT, "--greedy", "--max-new-tokens", 3)
+    assert generate(model_folder(tmp_path, "llama"), PROMPT, "--greedy", "--max-new-tokens", 3).stdout.strip()
 
 
 def test_bad_input_is_one_line(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:

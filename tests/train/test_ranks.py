@@ -47,7 +47,8 @@ def launched(settings: Callable[..., dict[str, Any]], tmp_path_factory: pytest.T
     folder = tmp_path_factory.mktemp("launched")
     arguments = []
     for name, overrides in PLANS.items():
-        plan = Recipe.parse(settings(run__steps=6, run__eval_every=3, **overrides))
+        # with the default eps AdamW turns rounding in a gradient near zero into a part of the learning rate
+        plan = Recipe.parse(settings(run__steps=6, run__eval_every=3, optim__eps=1e-6, **overrides))
         (folder / f"{name}.yaml").write_text(plan.dump())
         arguments += [str(folder / f"{name}.yaml"), str(folder / name)]
     (folder / "script.py").write_text(SCRIPT)
@@ -68,8 +69,7 @@ def test_two_processes_equal_one(launched: Path, tmp_path: Path, name: str) -> N
     one = train(plan, tmp_path)
     two, single = (load_file(folder / "model" / "model.safetensors") for folder in (launched / name, tmp_path))
     for key, tensor in single.items():
-        # AdamW divides by the gradient's size: rounding in one near zero moves a weight by a part of lr = 3e-3
-        torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=5e-5, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
     tables = [read_metrics(folder / "metrics.jsonl") for folder in (launched / name, tmp_path)]
     assert tables[0]["step"].to_list() == tables[1]["step"].to_list()
     for column in ("loss", "load_balancing", "z_loss", "max_violation", "grad_norm", "bits_per_byte"):
