@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from collegium.benchmarks import shrink
+from collegium.benchmarks.harness import peak_memory
 from collegium.models.checkpoint import open_checkpoint
 
 
@@ -32,3 +36,11 @@ def test_rows_hold_both_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert speed.peer is not None
     assert (memory.most, memory.unit) == (1.5e9, "bytes")
     assert 5e7 < memory.ours < 1.5e9
+
+
+def test_peak_memory_is_of_the_process_alone() -> None:
+    held = bytearray(os.urandom(1 << 20)) * 600  # as the parent of a benchmark may hold
+    program = "from collegium.benchmarks.harness import peak_memory; print(peak_memory())"
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
+    assert peak_memory() > len(held)
+    assert 5e7 < int(done.stdout) < len(held)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from collegium.benchmarks.harness import Row, Say
+from collegium.benchmarks.harness import Row, Say, peak_memory
 from collegium.jit import njit
 from collegium.measure.metric import metrics
 from collegium.trace import LayerMeta, LayerRows, Trace, TraceMeta, TraceWriter
@@ -84,16 +84,13 @@ def _in_process(folder: Path) -> dict[str, Any]:
 
 def _child(folder: str) -> None:
     """Print seconds of reading and of each metric, and the peak memory in bytes, as JSON."""
-    import resource  # Unix only
-
     metrics()  # imports everything
     trace = Trace.open(folder)
     for part in trace.iter_parts(["token"]):  # compares checksums, once
         len(part)
     read = min(_read(trace) for _ in range(2))
     seconds = measure_all(trace)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    sys.stdout.write(json.dumps({"read": read, "metrics": seconds, "bytes": peak}) + "\n")
+    sys.stdout.write(json.dumps({"read": read, "metrics": seconds, "bytes": peak_memory()}) + "\n")
 
 
 def _read(trace: Trace) -> float:

@@ -22,7 +22,7 @@ import numpy as np
 from transformers import OlmoeConfig
 
 from collegium import __version__
-from collegium.benchmarks.harness import Row, Say
+from collegium.benchmarks.harness import Row, Say, peak_memory
 from collegium.compress.plan import Asked, LayerPlan, Plan
 from collegium.compress.rewrite_files import SHARD_BYTES
 from collegium.compress.target import Target
@@ -171,16 +171,13 @@ def _in_process(plan: Path, source: Path, out: Path) -> dict[str, float]:
 
 def _child(plan: str, source: str, out: str) -> None:
     """Print the seconds that applying takes, until all is on disk, and the peak memory in bytes, as JSON."""
-    import resource  # Unix only
-
     from collegium.compress.rewrite import apply_plan
 
     opened = Plan.load(plan)
     start = time.perf_counter()
     apply_plan(opened, source, out)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    sys.stdout.write(json.dumps({"seconds": seconds, "bytes": peak}) + "\n")
+    sys.stdout.write(json.dumps({"seconds": seconds, "bytes": peak_memory()}) + "\n")
 
 
 def _copy(source: Path, out: Path, nbytes: int) -> float:
