@@ -37,6 +37,14 @@ KINDS = {
     "metric": "a number or figure read from a trace or a model",
     "importance": "statistics -> what each expert is worth",
     "planner": "scores -> a plan",
+    "grouping": "statistics -> which experts become one",
+    "merge": "the experts of a group -> one expert",
+    "neurons": "statistics -> what each neuron of an expert is worth",
+    "factor": "the matrices of an expert -> products of smaller ones",
+    "router_edit": "router rows -> the rows of fewer experts",
+    "compaction": "the auxiliary experts of a token -> something smaller",
+    "recovery": "training that gives a smaller model back what it lost",
+    "retrieval": "a prompt -> the experts that its task needs",
 }
 """Every kind of method and what its members do. A later room adds its kind here."""
 

@@ -60,6 +60,13 @@ def test_only_what_is_asked_for(model: Path, tmp_path: Path) -> None:
     assert sorted(found["collectors"]) == ["counts", "down_max", "output_norms"]
 
 
+def test_a_neuron_score_brings_its_collectors_and_the_way_back(model: Path, tmp_path: Path) -> None:
+    found = json.loads(run(model, tmp_path / "s", "--json", "--collect", "heapr"))
+    assert sorted(found["collectors"]) == ["counts", "down_max", "hidden_gradients", "hidden_sums"]
+    statistics = Statistics.load(tmp_path / "s")
+    assert all(bool(statistics.get(layer, "dh_sq").any()) for layer in statistics.layers)
+
+
 def test_a_stopped_run_goes_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = json.loads(run(model, tmp_path / "whole", "--json"))
     done = []

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from collegium.cli.main import app
+from collegium.trace import Trace
+from collegium.trace.schema import PHASES
 
 PROMPT = "a router decides"
 
@@ -63,6 +65,30 @@ def test_prompt_from_standard_input(model: Path) -> None:
     assert piped.stdout == generate(model, PROMPT, "--greedy", "--no-stream", "--max-new-tokens", 5).stdout
 
 
+def test_a_trace_of_what_was_generated(model: Path, tmp_path: Path) -> None:
+    plain = json.loads(generate(model, PROMPT, "--seed", 3, "--max-new-tokens", 12, "--json").stdout)
+    run = ["--seed", 3, "--max-new-tokens", 12, "--trace", tmp_path / "t"]
+    found = json.loads(generate(model, PROMPT, *run, "--json").stdout)
+    assert (found["text"], found["tokens"]) == (plain["text"], plain["tokens"]), "watching changes nothing"
+    assert found["trace"] == str(tmp_path / "t")
+    trace = Trace.open(tmp_path / "t")
+    assert trace.meta.complete
+    assert trace.meta.fingerprint
+    prompt, fed = found["prompt_tokens"], found["tokens"] - 1  # the last token is never fed back
+    assert trace.column("phase").tolist() == [PHASES.index("prefill")] * prompt + [PHASES.index("decode")] * fed
+    text = AutoTokenizer.from_pretrained(model).decode(trace.tokens()[prompt:], skip_special_tokens=True)
+    assert found["text"].startswith(text.rstrip("\ufffd"))  # the last letter may be half there
+    streamed = generate(model, PROMPT, *run, "--overwrite")
+    assert streamed.stdout.rstrip("\n") == found["text"].rstrip("\n")
+
+
+def test_a_long_answer_is_written_meanwhile(model: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("collegium.cli.generate.PART_SECONDS", 0.0)
+    run = ["--greedy", "--max-new-tokens", 20, "--trace", tmp_path / "t", "--json"]
+    fed = json.loads(generate(model, PROMPT, *run).stdout)["tokens"] - 1
+    assert len(Trace.open(tmp_path / "t").files) == 1 + fed, "the prompt, then each step"
+
+
 def test_a_dense_model_generates_too(tmp_path: Path) -> None:
     assert generate(model_folder(tmp_path, "llama"), PROMPT, "--greedy", "--max-new-tokens", 3).stdout.strip()
 
@@ -77,6 +103,10 @@ def test_bad_input_is_one_line(model: Path, tmp_path: Path, monkeypatch, capsys)
     assert "top_p must be above 0" in error(model, PROMPT, "--top-p", "1.5")
     assert "repetition_penalty must be above 0" in error(model, PROMPT, "--repetition-penalty", "-1")
     assert "so top_k would do nothing" in error(model, PROMPT, "--greedy", "--top-k", "3")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "meta.json").write_text("{}")
+    assert "holds a trace already" in error(model, PROMPT, "--trace", tmp_path / "t")
+    assert "no MoE" in error(model_folder(tmp_path, "llama"), PROMPT, "--trace", tmp_path / "u")
     assert "they do not belong together" in error(model_folder(tmp_path, "mixtral", vocab_size=100), PROMPT)
     damaged = model_folder(tmp_path)
     (damaged / "tokenizer.json").write_text("{")

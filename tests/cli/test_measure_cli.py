@@ -54,6 +54,12 @@ def test_all_metrics_that_a_trace_allows(tmp_path: Path) -> None:
     assert [one["layer"] for one in load["results"]] == [0, 2]
     assert sum(load["results"][0]["counts"]) == N * K
     assert set(load["results"][0]["max_violation"]) == {"value", "low", "high"}
+    assert found["intervals"] == "95 %, bootstrap over 12 documents"
+    cache = found["metrics"]["cache"]["results"][0]
+    assert np.shape(cache["lru_interval"]) == (len(cache["lru"]), 2)
+    confidence = found["metrics"]["confidence"]["results"][0]
+    for part in (confidence["margin"]["0.5"], confidence["fragile"], *confidence["changed_by_k"].values()):
+        assert part["low"] <= part["value"] <= part["high"]
 
 
 def test_reasons_say_what_to_do(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -77,6 +83,36 @@ def test_tables_have_the_question_and_a_row_a_layer(tmp_path: Path) -> None:
     assert "cache" not in text
     rows = [line for line in text.splitlines() if line.startswith(("│ 0 ", "│ 2 "))]
     assert len(rows) == 4
+
+
+def test_a_single_document_has_no_intervals_and_that_is_said(tmp_path: Path) -> None:
+    make_trace(tmp_path, {0: np.arange(60).reshape(30, 2) % 8}, 8)
+    found = json.loads(run("measure", tmp_path, "-m", "cache", "-m", "drops", "--json"))
+    assert found["intervals"].startswith("none: the trace is of one document")
+    assert found["metrics"]["cache"]["results"][0]["lru_interval"] is None
+    assert found["metrics"]["drops"]["results"][0]["overall"]["low"] is None
+    assert "intervals: none" in run("measure", tmp_path, "-m", "cache")
+    assert "intervals: 95 %, bootstrap over 12 documents" in run("measure", traced(tmp_path / "t"), "-m", "cache")
+
+
+def test_a_table_that_is_too_wide_goes_on_below(tmp_path: Path) -> None:
+    folder = traced(tmp_path)
+    command = ["measure", str(folder), "-m", "confidence"]
+    text = CliRunner().invoke(app, command, catch_exceptions=False, env={"COLUMNS": "70"}).stdout
+    assert max(map(len, text.splitlines())) <= 70
+    assert text.count("confidence, continued") >= 2
+    assert text.count("┃ layer ┃") == text.count("confidence, continued") + 1
+    rows = json.loads(run(*command, "--json"))["metrics"]["confidence"]["results"]
+    for estimate in (rows[0]["fragile"], rows[1]["entropy"]):
+        assert cell(Estimate(**estimate)) in text, "on one line"
+    assert "continued" not in run(*command[:3], "load")
+
+
+def test_a_metric_without_rows(tmp_path: Path) -> None:
+    make_trace(tmp_path, {0: np.arange(40).reshape(20, 2) % 8}, 8)
+    text = run("measure", tmp_path, "-m", "affinity")
+    assert "affinity: " in text
+    assert "nothing to show" in text
 
 
 def test_the_list_names_every_metric() -> None:

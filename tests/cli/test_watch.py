@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -11,19 +12,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from test_inspect import refused
 from typer.testing import CliRunner
 
-from collegium.cli._watch import Frame, draw, open_source, spark
+from collegium.cli._watch import WINDOW, Frame, draw, open_source, spark
 from collegium.cli.main import app
 from collegium.errors import DataError
+from collegium.trace import record_generate
 from collegium.train import read_metrics
 from measure_traces import make_trace
+from tiny import tiny_model
 
 E, LAYERS = 4, 2
 
@@ -175,6 +180,52 @@ def test_a_trace_that_grows(tmp_path: Path) -> None:
     assert finished["state"] == "complete"
     assert finished["progress"] == "200 tokens in 4 parts"
     assert "×" in watch(tmp_path / "whole", "--once")
+
+
+def test_small_parts_are_shown_together(tmp_path: Path) -> None:
+    """One token a part has one expert; the numbers are of the latest thousand."""
+    experts = (np.arange(3000) % 4)[:, None]
+    phases = ["prefill"] * 10 + ["decode"] * 2990
+    whole = make_trace(tmp_path / "whole", {0: experts}, 8, phases=phases, part_rows=1)
+    make_trace(tmp_path / "t", {0: experts[:1]}, 8, part_rows=1, complete=False)
+    source = open_source(tmp_path / "t")
+    assert source.poll().now["dead experts"] == 7
+    for file in whole.files[1:5]:
+        (tmp_path / "t" / file.name).write_bytes(file.read_bytes())
+    frame = source.poll()
+    assert frame.history["dead experts"] == [7, 6, 5, 4, 4]
+    np.testing.assert_allclose(frame.loads[0], [0.4, 0.2, 0.2, 0.2, 0, 0, 0, 0])
+    last = open_source(tmp_path / "whole")
+    assert "3,000 tokens in 3000 parts (10 prefill, 2,990 decode)" in last.poll().progress
+    assert sum(tokens for tokens, _ in last.window) == WINDOW
+
+
+def test_a_trace_is_watched_while_a_model_generates(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe")
+    frames: list[Frame] = []
+
+    def look(tokens: int) -> None:
+        if (tmp_path / "t" / "meta.json").is_file():
+            frames.append(copy.deepcopy(sources.setdefault("t", open_source(tmp_path / "t")).poll()))
+            time.sleep(0.02)  # for the writer's thread
+
+    sources: dict[str, Any] = {}
+    prompt = torch.randint(3, 60, (2, 9))
+    record_generate(
+        model, [{"input_ids": prompt}], tmp_path / "t", max_new_tokens=25, part_seconds=0.0, progress=look,
+        eos_token_id=None,
+    )  # fmt: skip
+    running = [frame for frame in frames if frame.loads]
+    assert len(running) > 5
+    assert all(frame.state == "running" for frame in running)
+    assert "18 prefill" in running[-1].progress
+    assert "decode)" in running[-1].progress
+    assert [len(frame.history["MaxVio"]) for frame in running] == sorted(len(f.history["MaxVio"]) for f in running)
+    assert {"tokens/s", "MaxVio", "entropy, bits", "dead experts"} <= running[-1].now.keys()
+    assert running[-1].loads != running[0].loads
+    last = sources["t"].poll()
+    assert last.state == "complete"
+    assert f"{2 * 9 + 2 * 24} tokens" in last.progress
 
 
 def test_drawing_fits_the_terminal() -> None:

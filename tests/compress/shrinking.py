@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -41,18 +42,18 @@ def made_up_statistics(
                        intermediate_size=4)
             for i in range(layers)
         ),
-        collectors={collector.name: {} for collector in COLLECTORS}, created="2026-01-01T00:00:00+00:00",
-        collegium="0",
+        collectors={collector.name: asdict(collector()) for collector in COLLECTORS},
+        created="2026-01-01T00:00:00+00:00", collegium="0",
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in meta.layers:
         for entry in entries:
-            shape = entry.shape(layer, len(domains))
+            shape = entry.shape(layer, len(domains), rows=5)
             if entry.dtype == "int64":
                 tensor = torch.randint(40, 400, shape, generator=generator)
             else:
-                tensor = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+                tensor = torch.rand(shape, generator=generator, dtype=getattr(torch, entry.dtype)) + 0.5
             if values is not None and entry.name in values:
                 given = torch.as_tensor(values[entry.name])
                 given = given[layer.layer] if given.dim() == 3 else given

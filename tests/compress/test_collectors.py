@@ -11,6 +11,8 @@ from torch import Tensor
 
 from collegium.compress.collectors import (
     COLLECTORS,
+    DEFAULTS,
+    HiddenSums,
     OutputMean,
     OutputNormMax,
     OutputNorms,
@@ -20,7 +22,7 @@ from collegium.compress.collectors import (
 )
 from collegium.compress.importance import importances
 from collegium.errors import ConfigError, UnsupportedFamilyError
-from collegium.measure.collect import collect
+from collegium.measure.collect import collect, weights_of
 from collegium.measure.residual import Residuals
 from collegium.measure.statistics import Statistics
 from collegium.routing import Routing
@@ -28,7 +30,7 @@ from collegium.sites import Site, sites, tap
 from tiny import tiny_model
 
 DOMAINS = ("code", "prose")
-EVERY = [RouterSums(), OutputNorms(), OutputNormMax(), OutputMean(), ResidualTurn()]
+EVERY = [RouterSums(), OutputNorms(), OutputNormMax(), OutputMean(), HiddenSums(), ResidualTurn()]
 
 
 def run(model: Any, *collectors: Any, **settings: Any) -> Statistics:
@@ -75,6 +77,14 @@ def outputs_of(site: Any, x: Tensor, weight: Tensor) -> Tensor:
     return torch.stack([site.experts(x, torch.full((T, 1), e), ones) for e in range(E)])
 
 
+def hidden_of(site: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """``[E, T, f]`` what goes into the down projection of every expert, of every token."""
+    weights = weights_of(site)
+    scale = weight[:, :, None] if site.scales_input else torch.ones(1)
+    up = torch.bmm(x[None] * scale.expand(site.num_experts, len(x), 1), weights.up_t)
+    return weights.activation(up if weights.up_bias is None else up + weights.up_bias[:, None])
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text", "ernie4_5_moe"])
 def test_they_are_sums_over_the_tokens_of_each_expert(family: str) -> None:
     model = tiny_model(family)
@@ -97,7 +107,7 @@ def test_they_are_sums_over_the_tokens_of_each_expert(family: str) -> None:
             for e, w in zip(one.index_TK[row].tolist(), one.weight_TK[row].tolist(), strict=True):
                 weight[e, t], routed[e, t] = w, True
         with torch.no_grad():
-            y = outputs_of(site, x, weight)
+            y, h = outputs_of(site, x, weight), hidden_of(site, x, weight)
         norm, used = y.norm(dim=2), torch.ones(E, T) if site.scales_input else weight
         p = (logits.sigmoid() if site.score == "sigmoid" else logits.softmax(1)).T
         z = torch.zeros(E, T)
@@ -114,6 +124,7 @@ def test_they_are_sums_over_the_tokens_of_each_expert(family: str) -> None:
             live = routed & here
             expected = {
                 "w_sum": (weight * live).sum(1),
+                "w_share_sum": (weight / weight.sum(0) * live).sum(1),
                 "p_sum": (p * here).sum(1),
                 "z_topk_sum": (z * here).sum(1),
                 "ean_sum": (norm * live).sum(1),
@@ -130,6 +141,9 @@ def test_they_are_sums_over_the_tokens_of_each_expert(family: str) -> None:
         )
         total = (y * live[:, :, None]).sum(1)
         torch.testing.assert_close(found.get(site.layer, "out_sum").float(), total, rtol=1e-3, atol=1e-4)
+        for key, value in (("h_sq", h**2), ("h_abs", h.abs())):
+            total = (value * live[:, :, None]).sum(1)
+            torch.testing.assert_close(found.get(site.layer, key).float(), total, rtol=1e-3, atol=1e-5)
 
 
 FAMILIES = ["mixtral", "olmoe", "qwen2_moe", "deepseek_v2", "glm4_moe", "minimax_m2", "hunyuan_v1_moe", "lfm2_moe"]
@@ -196,6 +210,18 @@ def test_passes_add_up_to_one_pass_over_both() -> None:
         torch.testing.assert_close(added.tensors[key], tensor, rtol=1e-6, atol=1e-6)
 
 
+def test_the_defaults_are_small_and_need_one_forward() -> None:
+    every = run(tiny_model("qwen3_moe"), *(one() for one in DEFAULTS))
+    assert list(every.meta.collectors) == [one.name for one in DEFAULTS]
+    large = {"output_mean", "input_sample", "input_moment"}
+    assert {one.name for one in COLLECTORS} - {one.name for one in DEFAULTS} == large | {
+        "leave_one_out",
+        "out_cos",
+        "hidden_gradients",
+        "weight_gradients",
+    }
+
+
 def test_an_unknown_score_is_refused_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("collegium.sites.find.score_of", lambda family, config: "unknown")
     with pytest.raises(UnsupportedFamilyError, match="score 'unknown'"):
@@ -207,6 +233,14 @@ def test_collectors_for_gather_exactly_what_the_scores_need() -> None:
         gathered = {entry.name for collector in collectors_for(one.name) for entry in collector.statistics}
         assert set(one.needs) | {"down_max"} <= gathered
     assert [one.name for one in collectors_for("reap")] == ["counts", "output_norms", "down_max"]
-    assert len(collectors_for(*(one.name for one in importances()))) == len(COLLECTORS) - 2
+    everything = {one.name for one in collectors_for(*(one.name for one in importances()))}
+    assert {"leave_one_out", "ballots", "weight_gradients"} < everything < {one.name for one in COLLECTORS}
     with pytest.raises(ConfigError, match="no importance"):
         collectors_for("magic")
+    assert [one.name for one in collectors_for(statistics=["c_in", "x_sample"])] == [
+        "down_max",
+        "input_sample",
+        "input_moment",
+    ]
+    with pytest.raises(ConfigError, match="gathers the statistic 'magic'"):
+        collectors_for(statistics=["magic"])

@@ -74,7 +74,8 @@ NONSENSE = [
     (("layers", 0, "keep"), [3], "keeps 1 experts; the router chooses 2 and needs at least 2"),
     (("layers", 0, "keep"), list(range(8)), "op 'prune' with 8 of 8"),
     (("layers", 0, "op"), "identity", "op 'identity' with 4 of 8"),
-    (("layers", 0, "op"), "merge", "layers.0.op"),
+    (("layers", 0, "op"), "merge", "names no operator"),
+    (("layers", 0, "op"), "melt", "layers.0.op"),
     (("layers", 0, "protected"), [3], r"protected experts \[3\] are not in keep"),
     (("layers", 0, "scores"), [1.0, 2.0], "2 scores for 8 experts"),
     (("layers", 0, "scores"), [float("nan")] * 8, "layers.0.scores.0"),
@@ -220,4 +221,6 @@ def test_a_target_without_weights_has_no_fingerprint(tmp_path: Path) -> None:
     target = Target.of(open_checkpoint(tmp_path))
     assert target.fingerprint is None
     assert [one.num_experts for one in target.layers] == [8, 8]
-    assert target.layers[0] == TargetLayer(0, 8, target.layers[1].expert_nbytes, target.layers[1].expert_parameters)
+    f, d = 16, 32
+    expert = 3 * d * f + d  # with its row of the router
+    assert target.layers[0] == TargetLayer(0, 8, 4 * expert, expert, f, 4 * 3 * d, 3 * d)

@@ -11,8 +11,9 @@ from shrinking import batches
 from typer.testing import CliRunner
 
 from collegium.cli import main
+from collegium.cli._planning import _size
 from collegium.cli.main import app
-from collegium.cli.plan import _ranges, _size
+from collegium.cli.plan import _ranges
 from collegium.compress.collectors import collectors_for
 from collegium.compress.plan import Plan
 from collegium.compress.target import Target
@@ -73,7 +74,7 @@ def test_a_plan_is_made_written_and_shown(folders: tuple[Path, Path], tmp_path: 
 def test_two_plans_are_compared(folders: tuple[Path, Path], tmp_path: Path) -> None:
     _, stats = folders
     run("plan", stats, "--out", tmp_path / "a.json")
-    run("plan", stats, "-m", "random", "--seed", 3, "--out", tmp_path / "b.json")
+    run("plan", stats, "-m", "random", "--set", "score.seed=3", "--out", tmp_path / "b.json")
     shown = run("plan", "--diff", tmp_path / "a.json", tmp_path / "b.json")
     assert "method: reap -> random" in shown
     record = json.loads(run("plan", "--diff", tmp_path / "a.json", tmp_path / "b.json", "--json"))
@@ -118,7 +119,18 @@ def test_every_planner_is_reached(
         (["--floor", "3"], "--floor is a setting of the planner global_floor"),
         (["--method", "easy_ep"], "importance 'easy_ep' needs easy_sum"),
         (["--method", "magic"], "no importance is named 'magic'"),
-        (["--seed", "3"], "importance 'reap' has no setting 'seed'"),
+        (["--set", "score.seed=3"], "importance 'reap' has no setting 'seed'"),
+        (["--set", "nonsense"], "must be PART.NAME=VALUE"),
+        (["--set", "planner.keep=1"], "PART one of score, merge"),
+        (["--merge", "average"], "name a grouping"),
+        (["--grouping", "mc_smoe"], "name a merge"),
+        (["--merge", "magic"], "no merge is named 'magic'"),
+        (["--merge", "average", "--grouping", "random", "--set", "grouping.seeed=1"], "no setting 'seeed'"),
+        (["--router", "magic"], "no router_edit is named 'magic'"),
+        (["--neurons", "0.5"], "neuron score 'heapr' needs"),
+        (["--neurons", "0.5", "--keep", "0.5"], "does not go with --keep"),
+        (["--neurons", "0.5", "-m", "random", "--widths", "odd"], "--widths 'odd' is none of"),
+        (["--factor", "magic"], "no factor is named 'magic'"),
         (["--combine", "mean"], "--combine 'mean' is none of"),
         (["--mtp", "guess"], "--mtp 'guess' is none of refuse, keep, drop"),
         (["--pin", "1-3"], "must be LAYER:EXPERT"),

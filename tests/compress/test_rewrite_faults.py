@@ -216,8 +216,8 @@ def test_a_tensor_that_counts_experts_unseen_is_found_by_the_model_class(tmp_pat
     plan = plan_of(source).model_copy(update={"fingerprint": None})
     lay_out = rewrite.lay_out
 
-    def forget_a_layer(tensors, num_experts, keep):
-        pieces, dropped = lay_out(tensors, num_experts, keep)
+    def forget_a_layer(tensors, num_experts, keep, without):
+        pieces, dropped = lay_out(tensors, num_experts, keep, without)
         lost = [piece for piece in pieces if piece.name == "model.norm.weight"]
         return [piece for piece in pieces if piece not in lost], [*dropped, *(piece.name for piece in lost)]
 
@@ -256,8 +256,8 @@ def test_a_family_whose_experts_are_not_what_they_seem(tmp_path: Path, source: P
 def test_the_written_headers_are_compared_with_the_plan(tmp_path: Path, source: Path, monkeypatch) -> None:
     write = rewrite.write_shards
 
-    def lose_one(files, folder, out, progress):
-        write({name: pieces[:-1] for name, pieces in files.items()}, folder, out, progress)
+    def lose_one(files, folder, out, progress, compute):
+        write({name: pieces[:-1] for name, pieces in files.items()}, folder, out, progress, compute)
 
     monkeypatch.setattr(rewrite, "write_shards", lose_one)
     with pytest.raises(CheckpointError, match="not the planned one"):

@@ -34,7 +34,11 @@ def simulate(experts: np.ndarray, E: int, capacity: int, m: int) -> int:
 
 
 def depths(experts: np.ndarray, E: int, m: int) -> np.ndarray:
-    return sch_depths(experts, E, m) if m else lru_depths(experts, E)
+    """Of all tokens, counted in three blocks."""
+    block = (np.arange(len(experts)) % 3).astype(np.uint8)
+    found = sch_depths(experts, E, m, block, 3) if m else lru_depths(experts, E, block, 3)
+    assert found.shape == (3, E)
+    return found.sum(0)
 
 
 ABCABC = np.array([0, 1, 2, 0, 1, 2])[:, None]
@@ -91,7 +95,7 @@ def test_local_routing_needs_a_small_cache_and_shuffled_routing_a_large_one(tmp_
     assert found.lru[at] > 0.95
     assert found.lru_shuffled[at] < 0.4
     assert (found.sch >= found.lru).all()
-    assert found.summary()["LRU"] == found.lru[at]
+    assert found.summary()["LRU"].value == found.lru[at]
 
 
 def test_chosen_ratios_are_rounded_and_end_at_all_experts(tmp_path: Path) -> None:
@@ -100,6 +104,65 @@ def test_chosen_ratios_are_rounded_and_end_at_all_experts(tmp_path: Path) -> Non
     assert found.capacity.tolist() == [4, 5, 10, 32]
     (every,) = cache_curves(trace, ratios=np.arange(4, 33) / 4)
     assert found.lru.tolist() == every.lru[np.searchsorted(every.capacity, found.capacity)].tolist()
+
+
+def test_hits_are_counted_in_the_block_of_their_token() -> None:
+    """A B A | A B: in a cache of two the third token and the last two hit."""
+    experts, block = np.array([0, 1, 0, 0, 1])[:, None], np.array([0, 0, 0, 1, 1], np.uint8)
+    for found in (lru_depths(experts, 3, block, 2), sch_depths(experts, 3, 2, block, 2)):
+        assert found[:, :2].sum(1).tolist() == [1, 2]
+
+
+def documents_of(count: int, length: int = 80, E: int = 24, K: int = 2, *, seed: int = 0) -> list[np.ndarray]:
+    """Documents that each stay within a few experts of their own, some in fewer than others."""
+    random = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        own = random.choice(E, random.integers(K + 1, 13), replace=False)
+        found.append(np.stack([random.permutation(own)[:K] for _ in range(length)]))
+    return found
+
+
+def curve_of(folder: Path, documents: list[np.ndarray], E: int = 24) -> Any:
+    sequences = np.repeat(np.arange(len(documents)), [len(one) for one in documents])
+    (found,) = cache_curves(make_trace(folder, {0: np.concatenate(documents)}, E, sequences=sequences))
+    return found
+
+
+def widths(found: Any, name: str) -> np.ndarray:
+    return np.diff(getattr(found, f"{name}_interval"), axis=1)[:, 0]
+
+
+@pytest.mark.parametrize("name", ["lru", "sch"])
+def test_intervals_hold_the_value_and_shrink_with_more_documents(tmp_path: Path, name: str) -> None:
+    few, many = (curve_of(tmp_path / str(count), documents_of(count)) for count in (8, 128))
+    for found in (few, many):
+        low, high = getattr(found, f"{name}_interval").T
+        value = getattr(found, name)
+        assert ((low <= value) & (value <= high)).all()
+        assert (low >= 0).all()
+        assert (high <= 1).all()
+        assert (high[:-1] > low[:-1]).all()
+    inner = slice(1, -2)  # the smallest caches hardly hit and the largest hardly miss
+    assert (widths(many, name)[inner] < widths(few, name)[inner] / 2).all()
+    row = many.summary()["LRU" if name == "lru" else "SCH 16"]
+    assert row.low < row.value < row.high
+
+
+def test_the_order_of_documents_hardly_changes_an_interval(tmp_path: Path) -> None:
+    documents = documents_of(100)
+    one = curve_of(tmp_path / "one", documents)
+    other = curve_of(tmp_path / "other", [documents[i] for i in np.random.default_rng(5).permutation(100)])
+    at = one.capacity.tolist().index(8)
+    assert widths(one, "lru")[at] == pytest.approx(widths(other, "lru")[at], rel=0.4)
+    assert abs(one.lru[at] - other.lru[at]) < widths(one, "lru")[at]
+
+
+def test_one_document_has_no_interval(tmp_path: Path) -> None:
+    found = curve_of(tmp_path, documents_of(1))
+    assert found.lru_interval is None
+    assert found.sch_interval is None
+    assert np.isnan(found.summary()["LRU"].low)
 
 
 @pytest.mark.parametrize("wrong", [{"ratios": [0.9, 2]}, {"ratios": []}, {"ratios": [np.nan]}, {"segment": 0}])
@@ -122,6 +185,6 @@ def test_short_and_uneven_traces(tmp_path: Path) -> None:
     found = cache_curves(
         make_trace(tmp_path / "two", {0: [[2], [2], [2]], 1: [[299, 5], [300, 5], [5, 299]]}, {0: 2, 1: 300})
     )
-    assert (found[0].requests, found[0].sch.tolist()) == (0, [0, 0])
+    assert (found[0].requests, found[0].sch.tolist(), found[0].sch_interval) == (0, [0, 0], None)
     assert found[1].lru.tolist() == pytest.approx([3 / 5] * len(found[1].capacity))
     assert found[1].capacity[-1] == 300

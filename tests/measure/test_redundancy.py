@@ -62,7 +62,9 @@ def test_a_permuted_copy_is_found_by_weights_and_by_outputs(model: Any, trace: T
 
 def test_random_experts_are_like_the_control(model: Any, trace: Trace) -> None:
     found = redundancy(trace, model)[0]
-    assert found.mean_by_outputs == pytest.approx(found.control_outputs, abs=0.1)
+    assert found.mean_by_outputs.value == pytest.approx(found.control_outputs, abs=0.1)
+    others = found.by_outputs[~np.eye(8, dtype=bool)]
+    assert found.mean_by_outputs.value == pytest.approx(others.mean(), abs=1e-6)
     assert found.mean_by_weights == pytest.approx(found.control, abs=0.05)
     for square in (found.by_weights, found.by_outputs, found.in_order):
         np.testing.assert_allclose(square, square.T, atol=1e-6)
@@ -86,6 +88,32 @@ def test_output_cosines_are_those_of_a_loop(model: Any) -> None:
     expected = torch.einsum("ind,jnd->ij", torch.stack(ys), torch.stack(ys))
     assert found.get(0, "out_cos_n") == 20
     torch.testing.assert_close(found.get(0, "out_cos").float(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_interval_is_over_the_documents_of_the_sample(model: Any, trace: Trace, tmp_path: Any) -> None:
+    found = redundancy(trace, model)[0].mean_by_outputs  # four documents
+    assert found.low < found.value < found.high
+    alone = redundancy(record(model, batches()[:1], tmp_path / "one"), model)[0].mean_by_outputs
+    assert np.isnan([alone.low, alone.high]).all()
+    generator = torch.Generator().manual_seed(1)
+    many = [{"input_ids": torch.randint(3, 64, (1, 16), generator=generator)} for _ in range(64)]
+    wide = redundancy(record(model, many, tmp_path / "many"), model)[0].mean_by_outputs
+    assert wide.low <= wide.value <= wide.high
+    assert wide.high - wide.low < found.high - found.low
+    turned = redundancy(record(model, many[::-1], tmp_path / "turned"), model)[0].mean_by_outputs
+    assert turned.value == pytest.approx(wide.value, abs=1e-6)
+    assert turned.high - turned.low == pytest.approx(wide.high - wide.low, rel=0.4)
+
+
+def test_sums_of_blocks_are_those_of_the_documents(model: Any) -> None:
+    data = [{**batch, "document": torch.tensor([n % 2 + 64])} for n, batch in enumerate(batches())]
+    found = collect(model, data, [OutputCosine()])
+    blocks = found.get(0, "out_cos_blocks")
+    assert blocks[:, 1].nonzero().flatten().tolist() == [0, 1]
+    assert blocks[:2, 1].tolist() == [32, 32]
+    total = found.get(0, "out_cos")
+    pairs = (total.sum() - total.diagonal().sum()) / 56
+    assert blocks[:, 0].sum().item() == pytest.approx(pairs.item(), abs=1e-6)
 
 
 def test_a_limit_for_each_batch_spreads_the_sample(model: Any) -> None:

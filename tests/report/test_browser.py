@@ -227,3 +227,25 @@ def test_a_trace_of_one_token_is_drawn_without_complaints(browser: Any, tmp_path
     assert visit.page.locator("#viewer-text span").all_inner_texts() == ["0"]
     context.close()
     assert visit.complaints == []
+
+
+def test_print_is_light_and_of_the_width_of_paper(browser: Any, report: Path) -> None:
+    context = browser.new_context(viewport={"width": 1500, "height": 900}, color_scheme="dark")
+    visit = Visit(context, report)
+    visit.page.evaluate(
+        """() => matchMedia("print").addEventListener("change", () => {
+            window.printed ??= [...document.querySelectorAll(".plot")].map((plot) => {
+                const canvas = plot.querySelector("canvas");
+                return [canvas.offsetWidth, canvas.getContext("2d").getImageData(1, 1, 1, 1).data[0]];
+            });
+        })"""
+    )
+    assert visit.page.pdf().startswith(b"%PDF")
+    printed = visit.page.evaluate("window.printed")
+    assert len(printed) == visit.page.locator("[data-figure]").count()
+    assert {width for width, _ in printed} == {660}
+    assert all(red == 255 for _, red in printed), "a dark plot on white paper"
+    red = "canvas.getContext('2d').getImageData(1, 1, 1, 1).data[0]"
+    visit.page.wait_for_function(f"[...document.querySelectorAll('.plot canvas')].every((canvas) => {red} < 99)")
+    assert visit.complaints == []
+    context.close()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import vl_convert
-from hand_made import make_curve, make_information, make_load, make_locality, random_trace
+from hand_made import estimate, make_curve, make_information, make_load, make_locality, random_trace
 
 from collegium.errors import StorageError
+from collegium.measure.cache import CacheCurve
+from collegium.measure.confidence import QUANTILES, Confidence
+from collegium.measure.drops import Drops
 from collegium.report import measure, write_figures
 from collegium.report.draw import save_figures
 from collegium.report.figure import Figure
-from collegium.report.figures import load, locality, specialisation
+from collegium.report.figures import load, locality, router, specialisation
 from collegium.report.figures._columns import spread
 from collegium.report.sections import sections
 
@@ -81,6 +85,58 @@ def test_cache_knows_bytes_only_when_told() -> None:
     assert max(figure.columns["megabytes"]) == pytest.approx(16.0)
 
 
+def with_intervals(layer: int, lru: list[float], width: float) -> CacheCurve:
+    curve = make_curve(layer, lru)
+    ends = {name: np.stack([getattr(curve, name) - width, getattr(curve, name) + width], 1) for name in ("lru", "sch")}
+    return replace(curve, lru_interval=ends["lru"], sch_interval=ends["sch"])
+
+
+def test_cache_curves_have_bands() -> None:
+    curves = [with_intervals(0, [0.2, 0.6, 0.9], 0.02), with_intervals(1, [0.4, 0.8, 0.9], 0.04)]
+    figure = locality.cache(curves)
+    rows = [row for row in figure.rows() if row["kind"].startswith("least")]
+    assert [row["high"] - row["low"] for row in rows] == pytest.approx([0.06] * 3), "the mean of the layers"
+    own = np.array(figure.columns["high"]) - np.array(figure.columns["low"])
+    layers = np.array(figure.columns["layer"])
+    assert np.nanmax(own[layers == 0]) == pytest.approx(0.04)
+    assert all(row["low"] is None for row in figure.rows() if "shuffled" in row["kind"])
+    assert figure.spec["layer"][0]["mark"]["type"] == "area"
+    assert "The 95 % interval of least recently used is" in figure.alt
+    drawn = vl_convert.vegalite_to_svg(figure.drawn())
+    plain = vl_convert.vegalite_to_svg(locality.cache([make_curve(0, [0.2, 0.6, 0.9])]).drawn())
+    assert drawn.count("mark-area") == 2, "one a policy, none for the control"
+    assert "mark-area" not in plain
+    assert "no intervals" in locality.cache([make_curve(0, [0.2, 0.6, 0.9])]).caption
+
+
+def test_tokens_that_another_k_would_change() -> None:
+    def confident(layer: int, changed: dict[int, float]) -> Confidence:
+        even, by_k = estimate(0.5), {k: estimate(value) for k, value in changed.items()}
+        return Confidence(layer, dict.fromkeys(QUANTILES, even), even, even, {0.5: even}, by_k, even)
+
+    figure = router.changed([confident(0, {1: 0.6, 3: 0.2}), confident(2, {1: 0.8})])
+    assert figure is not None
+    assert figure.alt == "Tokens that would change, mean over layers: 70% with 1 expert, 20% with 3 experts."
+    rows = {(row["kind"], row["layer"]): row for row in figure.rows()}
+    assert rows["with 3 experts", 0]["changed"] == 0.2
+    assert rows["with 1 expert", 2]["low"] == pytest.approx(0.79)
+    assert router.changed([confident(0, {})]) is None
+
+
+def test_empty_slots_have_intervals_to_read_out() -> None:
+    found = Drops(
+        0, np.array([0, 8]), np.array([0.0, 0.5]), ("text",), np.zeros((1, 2)), np.ones((1, 2)), estimate(0.25),
+        np.array([[0, 0], [0.4, 0.6]]),
+    )  # fmt: skip
+    figure = load.drops([found])
+    assert figure is not None
+    assert [readout.column for readout in figure.readout][-2:] == ["low", "high"]
+    assert figure.rows()[1]["high"] == 0.6
+    alone = load.drops([replace(found, interval=None)])
+    assert alone is not None
+    assert "low" not in alone.columns
+
+
 def test_whole_model_comes_first_in_locality() -> None:
     figure = locality.consistency([make_locality(0), make_locality(1), make_locality(None, 0.6)])
     assert figure.choices[0].options()[0] == (locality.WHOLE, "whole model")
@@ -102,6 +158,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> list[Figure]:
 
 def test_every_figure_is_complete(figures: list[Figure]) -> None:
     assert len(figures) > 12
+    assert {"confidence", "needed", "changed-by-k", "margin"} <= {figure.name for figure in figures}
     assert len({figure.name for figure in figures}) == len(figures)
     for figure in figures:
         assert len({len(values) for values in figure.columns.values()}) == 1, figure.name

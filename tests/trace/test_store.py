@@ -49,6 +49,21 @@ def test_what_goes_in_comes_out(tmp_path_factory, sizes, part_rows, ragged):
         assert np.array_equal(weights[experts < trace.meta.layer(layer).num_experts], asked)
 
 
+def test_rows_that_wait_too_long_are_written_though_their_part_is_short(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("collegium.trace.store.time.monotonic", lambda: now[0])
+    with TraceWriter(tmp_path, make_meta(), part_rows=50, part_seconds=2.0) as writer:
+        for seconds in (0.0, 1.0, 1.0, 1.0, 1.0, 0.0):
+            now[0] += seconds
+            writer.add(*make_rows(10))
+    assert [len(part) for part in Trace.open(tmp_path).iter_parts()] == [30, 30]
+    with TraceWriter(tmp_path / "patient", make_meta(), part_rows=50) as writer:
+        for _ in range(6):
+            now[0] += 1000.0
+            writer.add(*make_rows(10))
+    assert [len(part) for part in Trace.open(tmp_path / "patient").iter_parts()] == [50, 10]
+
+
 def test_optional_columns(tmp_path):
     tokens, layers = make_rows(20)
     random = np.random.default_rng(0)

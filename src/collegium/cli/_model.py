@@ -20,6 +20,7 @@ __all__ = [
     "TrustRemoteCode",
     "byte_progress",
     "check_ids",
+    "layer_progress",
     "open_folder",
     "open_model",
     "open_tokenizer",
@@ -71,11 +72,16 @@ def open_model(folder: Path, *, dtype: str | None, device: str | None, trust_rem
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
         raise ConfigError(f"device {device!r} is not there: {error}") from error
     register()
+    config, wanted = open_checkpoint(folder).config, None if dtype is None else getattr(torch, dtype)
+    if "shrunk" in (config.get("collegium") or ()):
+        from collegium.compress.own import load_own  # most models are not of this format, and it imports much
+
+        return load_own(folder, dtype=wanted, device=place)
     # quantised experts have kernels of their own
-    quantised = open_checkpoint(folder).config.get("quantization_config")
+    quantised = config.get("quantization_config")
     return load(
         folder,
-        dtype=None if dtype is None else getattr(torch, dtype),
+        dtype=wanted,
         device=place,
         trust_remote_code=trust_remote_code,
         experts_implementation=None if quantised else "collegium",
@@ -135,3 +141,17 @@ def _progress(*columns: ProgressColumn) -> Progress:
     console = Console(stderr=True)
     # a bar in a log file is noise
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def layer_progress() -> Progress:
+    """A progress bar on standard error that counts layers, with the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn(), TimeRemainingColumn())
+    # a bar in a log file is noise
+    return Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=600
+    )

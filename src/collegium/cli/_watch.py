@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,11 +20,14 @@ from rich.table import Table
 from rich.text import Text
 
 from collegium.errors import ConfigError, DataError
+from collegium.trace.schema import PHASES
 
 __all__ = ["Frame", "Source", "draw", "is_run", "open_source"]
 
 HISTORY = 240
 """Points of a history that are kept."""
+WINDOW = 1024
+"""Tokens, at the least, that numbers of a trace are of: of a few tokens most experts would seem dead."""
 
 _SPARKS = "▁▂▃▄▅▆▇█"
 _LEVELS = (
@@ -160,7 +164,11 @@ def _planned_steps(folder: Path) -> int | None:
 
 
 class _Tracing:
-    """Follows the parts of a trace, reading each once."""
+    """Follows the parts of a trace, reading each once.
+
+    Its numbers are of the latest parts that hold `WINDOW` tokens together; the loads also of all parts that came since
+    the last look.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -169,6 +177,9 @@ class _Tracing:
     def _begin(self) -> None:
         self.read = self.tokens = 0
         self.last: float | None = None  # when the latest part was written
+        self.window: deque[tuple[int, Any]] = deque()  # (tokens, counts [L, E]) of the latest parts
+        self.held, self.sum = 0, np.zeros((), np.int64)  # of the window
+        self.phases = np.zeros(len(PHASES), np.int64)
         self.frame = Frame("trace", "running", "no part yet")
 
     def poll(self) -> Frame:
@@ -179,26 +190,42 @@ class _Tracing:
             self._begin()
         meta = trace.meta.model_copy(update={"complete": False, "tokens": None, "parts": None})
         sizes = [entry.num_experts for entry in meta.layers]
-        fresh = np.zeros((len(sizes), max(sizes)), np.int64)
+        shown: Any = None
         for file in trace.files[self.read :]:
             part = Trace(self.folder, meta, [file], verify=True)
             counts, written = part.counts(), file.stat().st_mtime
-            values = _balance(counts, sizes)
+            latest = self._latest(len(part), counts)
+            values = _balance(latest, sizes)
             # a rate needs the part before; parts of one moment have none
             if self.last is not None and written > self.last:
                 values = {"tokens/s": len(part) / (written - self.last), **values}
             self.frame.add(values)
             self.read, self.tokens, self.last = self.read + 1, self.tokens + len(part), written
-            fresh += counts
-        if fresh.any():
+            self.phases += np.bincount(part.column("phase"), minlength=len(PHASES))
+            shown = latest if shown is None else shown + counts
+        if shown is not None:
             self.frame.layers = trace.layers
             self.frame.loads = [
-                (row[:E] / max(row[:E].sum(), 1)).round(4).tolist() for row, E in zip(fresh, sizes, strict=True)
+                (row[:E] / max(row[:E].sum(), 1)).round(4).tolist() for row, E in zip(shown, sizes, strict=True)
             ]
         if self.read:
-            self.frame.progress = f"{self.tokens:,} tokens in {self.read} parts"
+            self.frame.progress = f"{self.tokens:,} tokens in {self.read} parts{self._phases()}"
         self.frame.state = "complete" if trace.meta.complete else "running"
         return self.frame
+
+    def _latest(self, tokens: int, counts: Any) -> Any:
+        """``[L, E]`` counts of the latest parts, this one included, that hold `WINDOW` tokens."""
+        self.window.append((tokens, counts))
+        self.held, self.sum = self.held + tokens, self.sum + counts
+        while self.held - self.window[0][0] >= WINDOW:
+            gone, found = self.window.popleft()
+            self.held, self.sum = self.held - gone, self.sum - found
+        return self.sum
+
+    def _phases(self) -> str:
+        """Tokens by phase, where there are several."""
+        named = [f"{count:,} {name}" for name, count in zip(PHASES, self.phases.tolist(), strict=True) if count]
+        return f" ({', '.join(named)})" if len(named) > 1 else ""
 
 
 def _balance(counts: Any, sizes: Sequence[int]) -> dict[str, float]:

@@ -12,8 +12,6 @@ import typer
 from collegium.cli._model import Dtype
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from collegium.measure.collect import Collector
     from collegium.measure.statistics import Statistics
 
@@ -37,7 +35,9 @@ def run(
     ] = 512,
     collect: Annotated[
         list[str] | None,
-        typer.Option("--collect", help="A collector, or a score whose collectors are wanted; may be given repeatedly."),
+        typer.Option(
+            "--collect", help="A collector, or a score (of experts or of neurons) whose collectors are wanted."
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Go on with an unfinished run, or start again and replace it.")
@@ -48,10 +48,17 @@ def run(
     """Run texts through a checkpoint, one decoder layer in memory at a time, and keep what that tells of each expert.
 
     The statistics are what importance scores and plans are made from. Beside OUT there is OUT.partial until the run is
-    done; Ctrl-C or a kill loses one layer at most, and the same command goes on from there.
+    done; Ctrl-C or a kill loses one layer at most, and the same command goes on from there. What needs gradients, such
+    as heapr, takes about three times as long, and meanwhile keeps the hidden states of every layer on the disk.
+
+        collegium calibrate MODEL --data local --collect reap --collect heapr --out STATS
+
+        torchrun --nproc-per-node 2 -m collegium calibrate MODEL --data local --out STATS
     """
+    import os
+
     from collegium.cli._data import open_data, open_split
-    from collegium.cli._model import DTYPES, open_folder, open_tokenizer
+    from collegium.cli._model import DTYPES, layer_progress, open_folder, open_tokenizer
     from collegium.compress.stream import calibrate, check_target
     from collegium.data import document_batches
     from collegium.errors import ConfigError
@@ -71,12 +78,12 @@ def run(
         batch_size=batch_size,
         max_tokens=tokens,
     )
-    start = time.perf_counter()
-    with _layer_progress() as bar:
+    start, first = time.perf_counter(), os.environ.get("RANK", "0") == "0"
+    with layer_progress() as bar:
         task = bar.add_task("reading", total=None)
 
-        def progress(done: int, layers: int, share: float) -> None:
-            bar.update(task, description=f"layer {done + 1} of {layers}", completed=done + share, total=layers)
+        def progress(done: int, steps: int, share: float) -> None:
+            bar.update(task, description=f"step {done + 1} of {steps}", completed=done + share, total=steps)
 
         try:
             found = calibrate(
@@ -91,48 +98,42 @@ def run(
                 dtype=dtype or "auto",
                 max_tokens=tokens,
                 resume=resume,
-                progress=progress,
+                progress=progress if first else None,
             )
         except KeyboardInterrupt:
             typer.echo(f"stopped; the finished layers are in {out}.partial, the same command goes on", err=True)
             raise typer.Exit(130) from None
-    _report(found, out, time.perf_counter() - start, as_json)
+    if first:
+        _report(found, out, time.perf_counter() - start, as_json)
 
 
 def _collectors(names: list[str] | None) -> list[Collector]:
-    """Collectors of these names, or of scores of these names; all but the largest if there are none."""
-    from collegium.compress.collectors import COLLECTORS, collectors_for
+    """Collectors of these names, or of scores of these names; the defaults if there are none."""
+    from collegium.compress.collectors import COLLECTORS, DEFAULTS, collectors_for
     from collegium.compress.importance import importances
+    from collegium.compress.neurons import neuron_scores
     from collegium.errors import ConfigError
 
     kinds = {one.name: one for one in COLLECTORS}
     if not names:
-        return [kind() for name, kind in kinds.items() if name not in ("counts", "output_mean")]
+        return [kind() for kind in DEFAULTS]
     scores = [one.name for one in importances()]
+    neurons = {one.name: {*one.needs, "down_max"} for one in neuron_scores() if one.needs}
     chosen: dict[str, Collector] = {}
     for name in names:
-        if name not in kinds and name not in scores:
+        if name in kinds:
+            found = [kinds[name]()]
+        elif name in neurons:
+            found = [kind() for kind in COLLECTORS if neurons[name] & {entry.name for entry in kind.statistics}]
+        elif name in scores:
+            found = collectors_for(name)
+        else:
             raise ConfigError(
                 f"no collector or score is named {name!r}; the collectors are {', '.join(kinds)}, the scores "
-                f"{', '.join(scores)}"
+                f"{', '.join([*scores, *neurons])}"
             )
-        found = [kinds[name]()] if name in kinds else collectors_for(name)
         chosen |= {one.name: one for one in found}
     return list(chosen.values())
-
-
-def _layer_progress() -> Progress:
-    """A progress bar on standard error that counts layers, with the time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    text = TextColumn("{task.description}")
-    columns = (text, BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn(), TimeRemainingColumn())
-    # a bar in a log file is noise
-    return Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=600
-    )
 
 
 def _report(statistics: Statistics, out: Path, seconds: float, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collegium.measure.statistics import Statistics
     from collegium.trace import Trace
 
 __all__ = ["run"]
@@ -18,27 +19,27 @@ SEGMENT = 16
 
 
 def run(
-    trace: Annotated[Path, typer.Argument(help="Folder of a trace.")],
+    trace: Annotated[Path, typer.Argument(help="Folder of a trace, or of statistics.")],
     other: Annotated[Path, typer.Argument(help="Folder of another, such as one of a later checkpoint.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of tables.")] = False,
 ) -> None:
     """Compare two traces: load, locality and specialisation side by side, and how far the routing itself moved.
 
-    Metrics of the routing itself need traces of the same tokens, as recorded by the same command on two checkpoints.
+    Metrics of the routing itself need traces of the same tokens, as recorded by the same command on two checkpoints. Of
+    statistics, which hold counts and no tokens, the load is compared.
     """
     from rich.console import Console
 
-    from collegium.cli._metrics import result_table, run_all
-    from collegium.measure.metric import metrics, missing_needs, plain
-    from collegium.trace import Trace
+    from collegium.cli._metrics import open_measured, result_tables, run_all, why_not
+    from collegium.measure.metric import metrics, plain
 
-    pair = Trace.open(trace), Trace.open(other)
+    pair = open_measured(trace), open_measured(other)
     between = [metric for metric in metrics() if "other" in metric.needs]
     unmet = {
-        metric.name: f"{one.folder}: {why}"
+        metric.name: f"{folder}: {why}"
         for metric in between
-        for one in pair
-        if (why := missing_needs(metric, one)) is not None
+        for folder, one in zip((trace, other), pair, strict=True)
+        if (why := why_not(metric, one)) is not None
     }
     wanted = [metric for metric in between if metric.name not in unmet]
     sides, reasons = _side_by_side(pair)
@@ -59,7 +60,7 @@ def run(
     console = Console()
     _print_sides(console, sides)
     for name, value in results.items():
-        console.print(result_table(questions[name], value))
+        console.print(*result_tables(questions[name], value, console.width), sep="\n")
     for name, why in sorted(unmet.items()):
         console.print(f"[bold]{name}[/bold] {why}", highlight=False)
 
@@ -82,21 +83,23 @@ _SIDES = {
 """Head -> metric and which of its numbers."""
 
 
-def _side_by_side(pair: tuple[Trace, Trace]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def _side_by_side(
+    pair: tuple[Trace | Statistics, Trace | Statistics],
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """For each layer that both have, each number of `_SIDES` as ``[first, second]``; and why others are left out."""
-    from collegium.cli._metrics import measuring
+    from collegium.cli._metrics import measuring, run_one, why_not
     from collegium.errors import CollegiumError
-    from collegium.measure.metric import find_metric, missing_needs, rows_of
+    from collegium.measure.metric import find_metric
 
     found: dict[str, tuple[list[Any], list[Any]]] = {}
     unmet: dict[str, str] = {}
     for metric in measuring([find_metric(name) for name in dict.fromkeys(name for name, _ in _SIDES.values())]):
-        why = next((why for one in pair if (why := missing_needs(metric, one)) is not None), None)
+        why = next((why for one in pair if (why := why_not(metric, one)) is not None), None)
         if why is not None:
             unmet[metric.name] = why
             continue
         try:
-            found[metric.name] = rows_of(metric.run(pair[0])), rows_of(metric.run(pair[1]))
+            found[metric.name] = run_one(metric, pair[0]), run_one(metric, pair[1])
         except CollegiumError as error:  # such as too few tokens for this one
             unmet[metric.name] = str(error)
     rows: dict[int | None, dict[str, Any]] = {}

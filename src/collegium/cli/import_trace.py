@@ -1,4 +1,4 @@
-"""``collegium import-trace``: routing that another program recorded, as a trace."""
+"""``collegium import-trace``: routing that another program recorded, as a trace; or as statistics, if it is counts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["run"]
 def run(
     format: Annotated[str, typer.Argument(help="sglang, vllm, llama.cpp or router-logits.")],
     files: Annotated[list[Path], typer.Argument(help="What was recorded; several files become one trace, in order.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the trace.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the trace, or the statistics.")],
     model: Annotated[
         Path | None, typer.Option("--model", help="Folder of the model that was recorded; its config is enough.")
     ] = None,
@@ -37,7 +37,7 @@ def run(
         Path | None,
         typer.Option("--tokens", help="A text file with the token ids of all rows, where the format has none."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a trace that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     dtype: Dtype = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -48,8 +48,12 @@ def run(
     sglang reads the expert-distribution recorder's per_token files, vllm API responses with routed_experts, llama.cpp
     the CSV of moe-trace, router-logits saved forwards with input_ids and router_logits (the only format that loads the
     model's weights). Whatever a format does not record is said on standard error and kept in the trace.
+
+    sglang's stat and per_pass files hold counts instead of tokens. They become statistics, whose load collegium measure
+    and compare show.
     """
     from collegium.assets import model_folder
+    from collegium.measure.imported import import_statistics
     from collegium.trace.importers import Known, import_trace, read_model_facts
 
     folder = None if model is None else model_folder(model)
@@ -67,14 +71,20 @@ def run(
         top_k=top_k,
         tokens=None if tokens is None else _token_ids(tokens),
     )
-    trace, notes = import_trace(format, files, out, known, overwrite=overwrite)
+    counts = import_statistics(format, files, out, known, overwrite=overwrite)
+    if counts is None:
+        trace, notes = import_trace(format, files, out, known, overwrite=overwrite)
+        record: dict[str, Any] = {"trace": str(out), "tokens": len(trace), "layers": trace.layers, "notes": notes}
+        words = f"{len(trace):,} tokens of {len(trace.layers)} layers in {out}"
+    else:
+        statistics, said = counts
+        notes, seen = list(said), statistics.meta.tokens or None
+        record = {"statistics": str(out), "tokens": seen, "layers": statistics.layers, "notes": notes}
+        many = "tokens" if seen is None else f"{seen:,} tokens"
+        words = f"the files hold counts: statistics of {many} and {len(statistics.layers)} layers in {out}"
     for note in notes:
         typer.echo(f"note: {note}", err=True)
-    record: dict[str, Any] = {"trace": str(out), "tokens": len(trace), "layers": trace.layers, "notes": notes}
-    if as_json:
-        typer.echo(json.dumps(record, indent=2))
-        return
-    typer.echo(f"{len(trace):,} tokens of {len(trace.layers)} layers in {out}")
+    typer.echo(json.dumps(record, indent=2) if as_json else words)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

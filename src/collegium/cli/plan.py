@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,13 +11,11 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from collegium.compress.plan import Plan, PlanDiff
+    from collegium.compress.plan import LayerPlan, Plan, PlanDiff, RouterEdit
     from collegium.compress.target import Target
     from collegium.measure.statistics import Statistics
 
 __all__ = ["run"]
-
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def run(
@@ -33,7 +30,9 @@ def run(
     parameters: Annotated[
         float | None, typer.Option("--parameters", help="Keep what fits: share of the model's parameters.")
     ] = None,
-    method: Annotated[str, typer.Option("--method", "-m", help="The importance score.")] = "reap",
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="The score: reap if unsaid; of neurons, heapr.")
+    ] = None,
     planner: Annotated[
         str, typer.Option("--planner", help="uniform (as many in every layer) or global_floor.")
     ] = "uniform",
@@ -48,8 +47,27 @@ def run(
     protect: Annotated[
         bool, typer.Option("--protect/--no-protect", help="Keep the super experts whatever their score.")
     ] = True,
+    merge: Annotated[
+        str | None, typer.Option("--merge", help="Make one expert of several by this merge, instead of dropping them.")
+    ] = None,
+    grouping: Annotated[str | None, typer.Option("--grouping", help="Which experts are merged.")] = None,
+    router: Annotated[
+        str, typer.Option("--router", help="How the routers follow: rows, freq_avg, lse_fit, dern, many_to_one.")
+    ] = "rows",
+    neurons: Annotated[
+        float | None, typer.Option("--neurons", help="Keep every expert, and this share of the neurons of each.")
+    ] = None,
+    widths: Annotated[
+        str, typer.Option("--widths", help="With --neurons: uniform (loads anywhere), per_layer or ragged.")
+    ] = "uniform",
+    factor: Annotated[
+        str | None, typer.Option("--factor", help="Keep every expert, its matrices as products of smaller ones.")
+    ] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of one of these, e.g. score.seed=3 or merge.rank=0.75; repeatable."),
+    ] = None,
     mtp: Annotated[str, typer.Option("--mtp", help="Multi-token-prediction layers: refuse, keep or drop.")] = "refuse",
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the score random.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan here; else it is only shown.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     show: Annotated[Path | None, typer.Option("--show", help="Show this plan, and do nothing else.")] = None,
@@ -62,6 +80,7 @@ def run(
 
     collegium plan STATS --keep 0.5 --method reap --out plan.json
     """
+    from collegium.cli._planning import one_of, open_planner, parse_pins, parse_settings, target_of
     from collegium.compress.plan import Plan, diff
     from collegium.errors import ConfigError
 
@@ -79,18 +98,30 @@ def run(
     from collegium.measure.statistics import Statistics
 
     found = Statistics.load(statistics)
-    plan = make_plan(
-        found,
-        _target(found, model),
-        _planner(planner, keep, size, parameters, floor),
-        importance=method,
-        settings={} if seed is None else {"seed": seed},
-        domains=domain or (),
-        combine=_one_of("--combine", combine, "sum", "max", "any", "pooled"),
-        pins=_pins(pin or []),
-        protect_super_experts=protect,
-        mtp=_one_of("--mtp", mtp, "refuse", "keep", "drop"),
-    )
+    settings = parse_settings(change or [])
+    target = target_of(found, model)
+    shared: dict[str, Any] = {"protect_super_experts": protect, "mtp": one_of("--mtp", mtp, "refuse", "keep", "drop")}
+    if neurons is not None or factor is not None:
+        _refuse_with("--neurons or --factor", keep=keep, size=size, parameters=parameters, merge=merge, domain=domain)
+    if factor is not None:
+        plan = _factor_plan(found, model, factor, settings, shared["mtp"])
+    elif neurons is not None:
+        plan = _neuron_plan(found, target, neurons, method or "heapr", widths, settings, pin or [], shared)
+    else:
+        plan = make_plan(
+            found,
+            target,
+            open_planner(planner, keep, size, parameters, floor),
+            importance=method or "reap",
+            settings=settings["score"],
+            domains=domain or (),
+            combine=one_of("--combine", combine, "sum", "max", "any", "pooled"),
+            pins=parse_pins(pin or []),
+            grouping=_grouping(grouping, settings["grouping"]),
+            operator=_operator(merge, settings["merge"]),
+            router=_router(router, settings["router"]),
+            **shared,
+        )
     if out is not None:
         plan.save(out)
     _show(plan, as_json)
@@ -98,64 +129,75 @@ def run(
         typer.echo(f"written to {out}")
 
 
-def _target(statistics: Statistics, model: Path | None) -> Target:
-    from collegium.assets import SHIPPED, model_folder
-    from collegium.compress.target import Target
-    from collegium.errors import ConfigError
-    from collegium.models.checkpoint import open_checkpoint
-
-    named = statistics.meta.model
-    if model is None and named not in SHIPPED and not (Path(named) / "config.json").is_file():
-        raise ConfigError(f"the statistics are of {named!r}, which is no folder here; name the model with --model")
-    return Target.of(open_checkpoint(model_folder(model or named)))
-
-
-def _planner(planner: str, keep: float | None, size: str | None, parameters: float | None, floor: int | None) -> Any:
-    from collegium.compress.planners import Budget, GlobalFloor, Uniform
+def _refuse_with(what: str, **options: Any) -> None:
     from collegium.errors import ConfigError
 
-    if sum(value is not None for value in (keep, size, parameters)) > 1:
-        raise ConfigError("--keep, --bytes and --parameters exclude each other")
-    _one_of("--planner", planner, "uniform", "global_floor")
-    share = 0.5 if keep is None else keep
-    if planner == "global_floor":
-        if size is not None or parameters is not None:
-            raise ConfigError("the planner global_floor takes a share of the experts, --keep")
-        return GlobalFloor(share, floor)
-    if floor is not None:
-        raise ConfigError("--floor is a setting of the planner global_floor")
-    if size is not None or parameters is not None:
-        return Budget(None if size is None else _size(size), parameters)
-    return Uniform(share)
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise ConfigError(f"{what} keeps every expert and does not go with {', '.join(f'--{name}' for name in given)}")
 
 
-def _one_of(option: str, value: str, *allowed: str) -> Any:
-    from collegium.errors import ConfigError
+def _operator(name: str | None, settings: dict[str, Any]) -> Any:
+    """The merge with all of its settings, so that the plan says them."""
+    from dataclasses import asdict
 
-    if value not in allowed:
-        raise ConfigError(f"{option} {value!r} is none of {', '.join(allowed)}")
-    return value
+    from collegium.compress.merge import find_merge
+    from collegium.compress.plan import Operator
 
-
-def _size(text: str) -> int:
-    from collegium.errors import ConfigError
-
-    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})", text.strip().lower())
-    if match is None:
-        raise ConfigError(f"{text!r} is no size; write for example 14GB, 12.5GiB, or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2]])
+    if name is None:
+        return None
+    found: Any = find_merge(name, settings)
+    return Operator(name=name, settings=asdict(found))
 
 
-def _pins(texts: list[str]) -> dict[int, set[int]]:
-    from collegium.errors import ConfigError
+def _router(mode: str, settings: dict[str, Any]) -> RouterEdit:
+    from collegium.compress.plan import RouterEdit
+    from collegium.compress.router_edits import router_edit_needs
 
-    pins: dict[int, set[int]] = {}
-    for text in texts:
-        if not re.fullmatch(r"\d+:\d+(,\d+)*", text):
-            raise ConfigError(f"--pin {text!r} must be LAYER:EXPERT[,EXPERT...], for example 3:17,20")
-        layer, _, experts = text.partition(":")
-        pins.setdefault(int(layer), set()).update(map(int, experts.split(",")))
-    return pins
+    router_edit_needs(mode)  # a mode that there is not
+    return RouterEdit(mode=mode, settings=settings)
+
+
+def _grouping(name: str | None, settings: dict[str, Any]) -> Any:
+    from collegium.compress.grouping import find_grouping
+
+    return None if name is None else find_grouping(name, settings)
+
+
+def _neuron_plan(
+    statistics: Statistics,
+    target: Target,
+    share: float,
+    score: str,
+    widths: str,
+    settings: dict[str, dict[str, Any]],
+    pins: list[str],
+    shared: dict[str, Any],
+) -> Plan:
+    from collegium.cli._planning import one_of, parse_pins
+    from collegium.compress.neurons import plan_neurons
+
+    mode = one_of("--widths", widths, "uniform", "per_layer", "ragged")
+    return plan_neurons(
+        statistics,
+        target,
+        score=score,
+        share=share,
+        mode=mode,
+        settings=settings["score"],
+        pins=parse_pins(pins),
+        **shared,
+    )
+
+
+def _factor_plan(
+    statistics: Statistics, model: Path | None, factor: str, settings: dict[str, dict[str, Any]], mtp: Any
+) -> Plan:
+    from collegium.assets import model_folder
+    from collegium.compress.factor import factor_plan
+
+    folder = model_folder(model or statistics.meta.model)
+    return factor_plan(folder, factor, settings["factor"], statistics=statistics, mtp=mtp)
 
 
 def _show(plan: Plan, as_json: bool) -> None:
@@ -164,13 +206,13 @@ def _show(plan: Plan, as_json: bool) -> None:
     reached = plan.reached
     if as_json:
         record = plan.model_dump(mode="json")
-        record |= {"uniform": plan.uniform, "reached": reached.model_dump()}
+        record |= {"uniform": plan.uniform, "portable": plan.portable, "reached": reached.model_dump()}
         for layer, one in zip(record["layers"], plan.layers, strict=True):
             layer["expected"] = one.expected
         typer.echo(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False))
         return
     console = Console()
-    settings = ", ".join(f"{name} {value}" for name, value in plan.settings.items() if value is not None)
+    settings = _pairs(plan.settings)
     share = _share(reached.parameters, reached.of_parameters)
     lines = [
         f"{plan.model} ({plan.family}), fingerprint {plan.fingerprint or 'none'}",
@@ -179,11 +221,19 @@ def _show(plan: Plan, as_json: bool) -> None:
         f"keeps {reached.experts:,} of {reached.of_experts:,} experts, {share}"
         f" of the parameters, {reached.nbytes / 1e9:.3g} of {reached.of_nbytes / 1e9:.3g} GB",
     ]
+    if plan.operator is not None:
+        lines.append(f"by {plan.operator.name} ({_pairs(plan.operator.settings)}); router {plan.router.mode}")
+    elif plan.router.mode != "rows":
+        lines.append(f"router {plan.router.mode}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(_table(plan))
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _pairs(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
 
 
 def _share(part: int, whole: int) -> str:
@@ -193,14 +243,27 @@ def _share(part: int, whole: int) -> str:
 def _table(plan: Plan) -> Table:
     from rich.table import Table
 
-    table = Table("layer", "experts", "kept", "importance kept", "protected", "kept experts")
+    slim = any(one.neurons for one in plan.layers)
+    merged = any(one.groups for one in plan.layers)
+    last = "groups" if merged else "neurons of each" if slim else "kept experts"
+    table = Table("layer", "experts", "kept", "importance kept", "protected", last)
     for column in table.columns:
         column.overflow = "fold"
     for one in plan.layers:
         expected = "-" if one.expected is None else f"{one.expected:.1%}"
-        ids = _ranges(one.protected), _ranges(one.keep)
+        ids = _ranges(one.protected), _what(one, merged, slim)
         table.add_row(str(one.layer), str(one.num_experts), str(len(one.keep)), expected, *ids)
     return table
+
+
+def _what(layer: LayerPlan, merged: bool, slim: bool) -> str:
+    """The decision in words."""
+    if merged:
+        return " ".join("+".join(map(str, group)) for group in layer.members)
+    if slim:
+        widths = sorted({len(ids) for ids in layer.neurons} or {layer.intermediate_size or 0})
+        return f"{'-'.join(map(str, dict.fromkeys((widths[0], widths[-1]))))} of {layer.intermediate_size}"
+    return _ranges(layer.keep)
 
 
 def _ranges(ids: tuple[int, ...]) -> str:
@@ -226,10 +289,10 @@ def _show_diff(found: PlanDiff, as_json: bool) -> None:
     console = Console()
     for name, (one, other) in found.fields.items():
         console.print(f"{name}: {one} -> {other}", highlight=False, markup=False)
-    table = Table("layer", "both keep", "only the first", "only the second", "overlap")
+    table = Table("layer", "both keep", "only the first", "only the second", "overlap", "also differ in")
     for layer in found.layers:
         ids = _ranges(layer.only_a), _ranges(layer.only_b)
-        table.add_row(str(layer.layer), str(layer.both), *ids, f"{layer.overlap:.1%}")
+        table.add_row(str(layer.layer), str(layer.both), *ids, f"{layer.overlap:.1%}", ", ".join(layer.other))
     if found.layers:
         console.print(table)
     console.print(f"kept experts overlap by {found.overlap:.1%} (mean of all layers)", highlight=False)

@@ -12,7 +12,7 @@ Legend: T tokens, E experts, E' kept experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,7 @@ from collegium.routing import Routing
 from collegium.sites import Order, Site, sites, tap
 from collegium.sites.adapters.seam import Seam
 
-__all__ = ["apply_mask"]
+__all__ = ["apply_mask", "cut_router"]
 
 
 @contextmanager
@@ -81,6 +81,11 @@ def _check(found: list[Site], plan: Plan, model: Any) -> None:
             f"the plan for {plan.model} does not fit this {type(model).__name__}: experts by layer are {mine} and "
             f"{[(site.layer, site.num_experts) for site in found]}"
         )
+    if odd := [one.layer for one in plan.layers if one.op not in ("prune", "identity") or one.neurons]:
+        raise PlanError(
+            f"layer {odd[0]} of the plan merges experts or changes what they hold, and a mask only hides experts; "
+            "apply the plan, and load the result"
+        )
     for site in found:
         if site.top_k != plan.top_k:
             raise PlanError(f"{site.path} chooses {site.top_k} experts; the plan was made for {plan.top_k}")
@@ -94,41 +99,62 @@ def _check(found: list[Site], plan: Plan, model: Any) -> None:
 @contextmanager
 def _fewer_rows(site: Site, layer: LayerPlan) -> Iterator[None]:
     """While open, the router of `site` has only the rows of the kept experts."""
+    undo = cut_router(site, layer.keep)
+    try:
+        yield
+    finally:
+        undo()
+
+
+def cut_router(site: Site, keep: Sequence[int], *, trainable: bool = False) -> Callable[[], None]:
+    """Leave the router of `site` with the rows of the experts in `keep`, as copies.
+
+    Args:
+        trainable: the new rows are trained where the old ones were; else they are not.
+
+    Returns:
+        What brings back all rows.
+
+    Raises:
+        UnsupportedFamilyError: the router is not rows of one matrix; nothing was changed then.
+    """
     if any(not buffer.is_floating_point() for buffer in site.gate.buffers()):
         raise UnsupportedFamilyError(
             f"{site.path} (family {site.family!r}): its router chooses by a table, which names experts that would go"
         )
-    E, keep = site.num_experts, list(layer.keep)
-    undo: list[tuple[dict[str, Any], str, Any]] = []
+    E, keep = site.num_experts, list(keep)
+    changed: list[tuple[dict[str, Any], str, Any]] = []
 
     def put(where: dict[str, Any], name: str, value: Any) -> None:
-        undo.append((where, name, where[name]))
+        changed.append((where, name, where[name]))
         where[name] = value
 
-    rows = 0
-    try:
-        for module in _router_modules(site):
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is None or (axis := _expert_axis(tensor, E)) is None:
-                        continue
-                    fewer = tensor.detach().index_select(axis, torch.tensor(keep, device=tensor.device))
-                    put(tensors, name, nn.Parameter(fewer, False) if tensors is module._parameters else fewer)
-                    rows += tensor.dim() == 2 and axis == 0
-            if module is site.block:
-                continue  # its sizes are those of the experts
-            for name in (*KEYS["num_experts"], "out_features"):
-                if type(vars(module).get(name)) is int and vars(module)[name] == E:
-                    put(vars(module), name, len(keep))
-        if rows != 1:
-            raise UnsupportedFamilyError(
-                f"{site.path} (family {site.family!r}): its router is not one matrix with a row for each of {E} "
-                f"experts ({rows} found), so experts cannot be masked"
-            )
-        yield
-    finally:
-        for where, name, value in reversed(undo):
+    def undo() -> None:
+        for where, name, value in reversed(changed):
             where[name] = value
+
+    rows = 0
+    for module in _router_modules(site):
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or (axis := _expert_axis(tensor, E)) is None:
+                    continue
+                fewer = tensor.detach().index_select(axis, torch.tensor(keep, device=tensor.device))
+                trained = trainable and tensor.requires_grad
+                put(tensors, name, nn.Parameter(fewer, trained) if tensors is module._parameters else fewer)
+                rows += tensor.dim() == 2 and axis == 0
+        if module is site.block:
+            continue  # its sizes are those of the experts
+        for name in (*KEYS["num_experts"], "out_features"):
+            if type(vars(module).get(name)) is int and vars(module)[name] == E:
+                put(vars(module), name, len(keep))
+    if rows != 1:
+        undo()
+        raise UnsupportedFamilyError(
+            f"{site.path} (family {site.family!r}): its router is not one matrix with a row for each of {E} "
+            f"experts ({rows} found), so experts cannot be masked"
+        )
+    return undo
 
 
 def _router_modules(site: Site) -> list[nn.Module]:

@@ -11,15 +11,16 @@ Legend: E experts of a layer, K experts a token chooses, G routing groups of E /
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
-from collegium.compress.target import Target, fewest_kept
-from collegium.errors import PlanError
+from collegium.compress.plan_layer import LayerPlan
+from collegium.compress.router_edits import router_edit_needs
+from collegium.compress.target import Target
+from collegium.errors import ConfigError, PlanError
 from collegium.files import atomic_file
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "LayerDiff",
     "LayerPlan",
     "Mtp",
+    "Operator",
     "Plan",
     "PlanDiff",
     "Reached",
@@ -36,8 +38,6 @@ __all__ = [
 
 _LIMIT = 1 << 27  # bytes
 _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
-_Expert = Annotated[int, Field(ge=0, lt=1 << 16)]
-_Number = Annotated[float, Field(allow_inf_nan=False)]
 
 Mtp = Literal["refuse", "keep", "drop"]
 """What becomes of multi-token-prediction layers, which have experts of their own and no statistics: "refuse" to apply
@@ -46,25 +46,46 @@ weights; "drop" them, from weights and config."""
 
 
 class Asked(BaseModel):
-    """The budget: `value` is a share of the experts ("keep"), a size in bytes ("bytes"), or a share of the model's
-    parameters ("parameters")."""
+    """The budget: `value` is a share of the experts ("keep"), a size in bytes ("bytes"), a share of the model's
+    parameters ("parameters"), or a share of the experts' neurons ("neurons")."""
 
     model_config = _STRICT
 
-    what: Literal["keep", "bytes", "parameters"]
+    what: Literal["keep", "bytes", "parameters", "neurons"]
     value: float = Field(gt=0, allow_inf_nan=False)
 
 
 class RouterEdit(BaseModel):
-    """How routers follow: "rows" keeps the rows (and bias entries) of the kept experts as they are."""
+    """How routers follow. "rows" keeps the rows (and bias entries) of the kept experts as they are; other modes are
+    those of `collegium.compress.router_edits`, with their settings; "many_to_one" keeps all rows, and members of a
+    group share their new expert, which only our own loader can do."""
 
     model_config = _STRICT
 
-    mode: Literal["rows"] = "rows"
+    mode: str = "rows"
+    settings: dict[str, JsonValue] = {}
+
+    @field_validator("mode")
+    @classmethod
+    def _known(cls, mode: str) -> str:
+        try:
+            router_edit_needs(mode)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return mode
+
+
+class Operator(BaseModel):
+    """What computes the new experts where they are not old ones: a merge or a factorisation, and its settings."""
+
+    model_config = _STRICT
+
+    name: str
+    settings: dict[str, JsonValue] = {}
 
 
 class Reached(BaseModel):
-    """What applying a plan leaves, `of` what there was. Sizes are of the whole model."""
+    """What applying a plan leaves, `of` what there was. Sizes are of the whole model; factors are not counted."""
 
     model_config = _STRICT
 
@@ -74,59 +95,6 @@ class Reached(BaseModel):
     of_nbytes: int
     parameters: int
     of_parameters: int
-
-
-class LayerPlan(BaseModel):
-    """The decision for one MoE layer.
-
-    Attributes:
-        layer: index of the decoder layer.
-        op: "prune", or "identity" where every expert is kept.
-        num_experts: E before.
-        keep: ids of the kept experts, ascending; the new id of an expert is its place in this list.
-        protected: ids that had to be kept, whatever their score (super experts, a user's pins).
-        scores: ``[E]`` each expert's share of the layer's importance; empty if the plan has no scores.
-        expert_nbytes, expert_parameters: of one expert with its row of the router.
-    """
-
-    model_config = _STRICT
-
-    layer: int = Field(ge=0)
-    op: Literal["prune", "identity"]
-    num_experts: int = Field(ge=1, le=1 << 16)
-    keep: tuple[_Expert, ...] = Field(min_length=1)
-    protected: tuple[_Expert, ...] = ()
-    scores: tuple[_Number, ...] = ()
-    expert_nbytes: int = Field(ge=0)
-    expert_parameters: int = Field(ge=0)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> LayerPlan:
-        where, E = f"layer {self.layer}", self.num_experts
-        for field in ("keep", "protected"):
-            ids = getattr(self, field)
-            if list(ids) != sorted(set(ids)) or (ids and ids[-1] >= E):
-                raise ValueError(f"{where}: {field} must hold ascending ids below {E} without repeats, not {list(ids)}")
-        lost = sorted(set(self.protected) - set(self.keep))
-        if lost:
-            raise ValueError(f"{where}: protected experts {lost} are not in keep")
-        if (self.op == "identity") != (len(self.keep) == E):
-            raise ValueError(f"{where}: op {self.op!r} with {len(self.keep)} of {E} experts kept")
-        if self.scores and len(self.scores) != E:
-            raise ValueError(f"{where}: {len(self.scores)} scores for {E} experts")
-        return self
-
-    @property
-    def dropped(self) -> tuple[int, ...]:
-        """Ids of the experts that go, ascending."""
-        kept = set(self.keep)
-        return tuple(e for e in range(self.num_experts) if e not in kept)
-
-    @property
-    def expected(self) -> float | None:
-        """Share of the layer's importance that is kept; None without scores."""
-        total = sum(self.scores)
-        return sum(self.scores[e] for e in self.keep) / total if total else None
 
 
 class Plan(BaseModel):
@@ -143,6 +111,9 @@ class Plan(BaseModel):
         groups, top_groups: of a group-limited router; 1 and 1 without groups.
         nbytes, parameters: of the whole model before.
         layers: every MoE layer, ascending.
+        operator: what computes new experts that are no old ones; None where there are none.
+        router: how the routers follow.
+        mtp: see `Mtp`.
         notes: what a person should know before applying it.
         created: ISO 8601, UTC.
         collegium: version that made it.
@@ -169,6 +140,7 @@ class Plan(BaseModel):
     nbytes: int = Field(ge=0)
     parameters: int = Field(ge=0)
     layers: tuple[LayerPlan, ...] = Field(min_length=1)
+    operator: Operator | None = None
     router: RouterEdit = RouterEdit()
     mtp: Mtp = "refuse"
     notes: tuple[str, ...] = ()
@@ -183,8 +155,28 @@ class Plan(BaseModel):
         if self.top_groups > self.groups:
             raise ValueError(f"top_groups {self.top_groups} is more than the {self.groups} groups")
         for one in self.layers:
-            _check_routable(one, self.top_k, self.groups, self.top_groups)
+            one.check_routable(self.top_k, self.groups, self.top_groups)
+        self._check_operator()
         return self
+
+    def _check_operator(self) -> None:
+        """Raise ValueError if operator and layers contradict each other."""
+        computed = [one.layer for one in self.layers if one.op in ("merge", "factor")]
+        if computed and self.operator is None:
+            raise ValueError(f"layer {computed[0]} has op 'merge' or 'factor', and the plan names no operator")
+        if not computed and self.operator is not None:
+            raise ValueError(f"operator {self.operator.name!r}, but no layer has op 'merge' or 'factor'")
+        if self.router.mode == "many_to_one" and any(one.gone for one in self.layers):
+            raise ValueError("router mode 'many_to_one' needs a new expert for every old one; some are in no group")
+
+    @property
+    def portable(self) -> bool:
+        """Whether plain transformers can load what this plan makes; else it is for a mask, or for our own loader."""
+        widths = {len(ids) for one in self.layers for ids in one.neurons} | {
+            one.intermediate_size for one in self.layers if not one.neurons
+        }
+        factors = any(one.op == "factor" for one in self.layers)
+        return self.uniform and len(widths) == 1 and not factors and self.router.mode != "many_to_one"
 
     @property
     def uniform(self) -> bool:
@@ -194,13 +186,17 @@ class Plan(BaseModel):
     @property
     def reached(self) -> Reached:
         """What applying it leaves."""
-        gone = [(one.num_experts - len(one.keep), one) for one in self.layers]
+        experts = [(one.num_experts - len(one.keep), one) for one in self.layers]
+        neurons = [(one.neurons_gone, one) for one in self.layers]
+        nbytes = sum(n * one.expert_nbytes for n, one in experts) + sum(n * one.neuron_nbytes for n, one in neurons)
+        parameters = sum(n * one.expert_parameters for n, one in experts)
+        parameters += sum(n * one.neuron_parameters for n, one in neurons)
         return Reached(
             experts=sum(len(one.keep) for one in self.layers),
             of_experts=sum(one.num_experts for one in self.layers),
-            nbytes=self.nbytes - sum(count * one.expert_nbytes for count, one in gone),
+            nbytes=self.nbytes - nbytes,
             of_nbytes=self.nbytes,
-            parameters=self.parameters - sum(count * one.expert_parameters for count, one in gone),
+            parameters=self.parameters - parameters,
             of_parameters=self.parameters,
         )
 
@@ -256,41 +252,16 @@ class Plan(BaseModel):
             raise PlanError(f"{path}: field {field!r}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
-def _check_routable(layer: LayerPlan, K: int, groups: int, top_groups: int) -> None:
-    """Raise ValueError if the router of `layer` cannot find K experts among those it is left with."""
-    if layer.num_experts % groups:
-        raise ValueError(f"layer {layer.layer}: {layer.num_experts} experts do not form {groups} groups")
-    size, least = layer.num_experts // groups, fewest_kept(layer.num_experts, K, groups, top_groups)
-    counts = _group_counts(layer.keep, size, groups)
-    if len(set(counts)) > 1:
-        raise ValueError(
-            f"layer {layer.layer} keeps {counts} experts of its {groups} routing groups; the router needs as many of "
-            "each"
-        )
-    if len(layer.keep) < least:
-        limited = f" in {top_groups} of {groups} groups" if groups > 1 else ""
-        raise ValueError(
-            f"layer {layer.layer} keeps {len(layer.keep)} experts; the router chooses {K}{limited} and needs at least "
-            f"{least}"
-        )
-
-
-def _group_counts(keep: Iterable[int], size: int, groups: int) -> list[int]:
-    """How many of the experts in `keep` each routing group of `size` experts holds."""
-    counts = [0] * groups
-    for expert in keep:
-        counts[expert // size] += 1
-    return counts
-
-
 @dataclass(frozen=True)
 class LayerDiff:
-    """One layer that two plans treat differently: ids that only one of them keeps, and how many both keep."""
+    """One layer that two plans treat differently: ids that only one of them keeps, how many both keep, and which other
+    decisions differ ("op", "groups", "weights", "neurons")."""
 
     layer: int
     only_a: tuple[int, ...]
     only_b: tuple[int, ...]
     both: int
+    other: tuple[str, ...] = ()
 
     @property
     def overlap(self) -> float:
@@ -304,7 +275,7 @@ class PlanDiff:
 
     Attributes:
         fields: field -> (value in a, value in b), of those that say how a plan came about.
-        layers: the layers whose kept experts differ.
+        layers: the layers whose decisions differ.
         overlap: Jaccard index of the kept experts, mean over all layers.
     """
 
@@ -313,7 +284,10 @@ class PlanDiff:
     overlap: float
 
 
-_PROVENANCE = ("statistics", "method", "settings", "planner", "planner_settings", "data", "domains", "asked", "mtp")
+_PROVENANCE = (
+    "statistics", "method", "settings", "planner", "planner_settings", "data", "domains", "asked", "operator", "router",
+    "mtp",
+)  # fmt: skip
 
 
 def diff(a: Plan, b: Plan) -> PlanDiff:
@@ -334,9 +308,12 @@ def diff(a: Plan, b: Plan) -> PlanDiff:
     for one, other in zip(a.layers, b.layers, strict=True):
         mine, theirs = set(one.keep), set(other.keep)
         only_a, only_b = tuple(sorted(mine - theirs)), tuple(sorted(theirs - mine))
-        layers.append(LayerDiff(one.layer, only_a, only_b, len(mine & theirs)))
+        other_fields = tuple(
+            name for name in ("op", "groups", "weights", "neurons") if getattr(one, name) != getattr(other, name)
+        )
+        layers.append(LayerDiff(one.layer, only_a, only_b, len(mine & theirs), other_fields))
     return PlanDiff(
         fields={name: (left[name], right[name]) for name in _PROVENANCE if left[name] != right[name]},
-        layers=tuple(one for one in layers if one.only_a or one.only_b),
+        layers=tuple(one for one in layers if one.only_a or one.only_b or one.other),
         overlap=sum(one.overlap for one in layers) / len(layers),
     )

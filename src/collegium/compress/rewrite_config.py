@@ -16,7 +16,7 @@ from collegium.errors import CheckpointError
 from collegium.models.families import KEYS, SECTIONS
 from collegium.models.summary import layer_of
 
-__all__ = ["EDIT", "copy_rest", "edit_config", "write_card", "write_edit", "write_json"]
+__all__ = ["CARD", "EDIT", "copy_rest", "edit_config", "write_card", "write_edit", "write_json"]
 
 EDIT = "collegium_edit.json"
 """File that says how a checkpoint was made from another one."""
@@ -42,9 +42,18 @@ Keep = Mapping[int, tuple[int, ...]]
 
 
 def edit_config(
-    config: dict[str, Any], folder: Path, num_experts: int, keep: Keep, *, drop_mtp: bool
+    config: dict[str, Any],
+    folder: Path,
+    num_experts: int,
+    keep: Keep,
+    *,
+    drop_mtp: bool,
+    width: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """A config with the new number of experts wherever the family writes it; `config`, that of `folder`, is unchanged.
+
+    Args:
+        width: f before and after, if it changes.
 
     Names of experts in a quantiser's settings follow their tensors.
 
@@ -74,9 +83,25 @@ def edit_config(
             f"{path} does not say how many experts a layer has, so the smaller number cannot be written; add the "
             f"family's key ({', '.join(KEYS['num_experts'])}), {num_experts}"
         )
+    if width is not None:
+        _narrow(config, path, *width)
     if "quantization_config" in config:
         config["quantization_config"] = _follow(config["quantization_config"], keep)
     return config
+
+
+def _narrow(config: dict[str, Any], path: Path, before: int, after: int) -> None:
+    """Write the new width of an expert where the config has the old one."""
+    for key in KEYS["expert_width"]:
+        tables = [table for table in _tables(config) if table.get(key) == before]
+        for table in tables:
+            table[key] = after
+        if tables:
+            return
+    raise CheckpointError(
+        f"{path} does not say that experts are {before} wide, so the smaller width cannot be written; add the family's "
+        f"key ({', '.join(KEYS['expert_width'])}), {before}"
+    )
 
 
 def copy_rest(folder: Path, out: Path, keep: Keep) -> None:
@@ -120,21 +145,39 @@ def write_card(out: Path, folder: Path, plan: Plan, keep: Keep, parameters: tupl
     Args:
         parameters: of the source and of the result.
     """
-    first = plan.layers[0]
     before, after = parameters
     data = f" on {', '.join(plan.data)}" if plan.data else ""
-    share = [layer.expected for layer in plan.layers if layer.expected is not None]
-    kept = f", {sum(share) / len(share):.1%} of their importance by that score" if share else ""
     section = (
-        "## Experts removed\n\n"
-        f"Each of the {len(keep)} MoE layers keeps {len(first.keep)} of the {first.num_experts} experts of "
-        f"`{PurePath(plan.model).name}`{kept}. They were chosen by `{plan.method}`{data}, with the planner "
-        f"`{plan.planner}`. {after:,} of {before:,} parameters are left; no weight was changed, and nothing was "
-        f"trained afterwards. `{EDIT}` holds the plan and the original number of every expert.\n\n"
-        f"Made with Collegium {__version__}.\n"
+        f"{_what(plan, len(keep))} {_how(plan)} They were chosen by `{plan.method}`{data}, with the planner "
+        f"`{plan.planner}`. {after:,} of {before:,} parameters are left, and nothing was trained afterwards. `{EDIT}` "
+        f"holds the plan and the original number of every expert.\n\nMade with Collegium {__version__}.\n"
     )
     card = (folder / CARD).read_bytes().rstrip() if (folder / CARD).exists() else f"# {_title(plan)}".encode()
     (out / CARD).write_bytes(card + b"\n\n" + section.encode("utf-8"))
+
+
+def _what(plan: Plan, layers: int) -> str:
+    """Headline, and what became of the experts."""
+    first, source = plan.layers[0], f"`{PurePath(plan.model).name}`"
+    share = [layer.expected for layer in plan.layers if layer.expected is not None]
+    kept = f", {sum(share) / len(share):.1%} of their importance by that score" if share else ""
+    if any(one.op == "merge" for one in plan.layers):
+        head = "## Experts merged"
+    else:
+        head = "## Experts made slimmer" if plan.layers[0].op == "slim" else "## Experts removed"
+    text = (
+        f"Each of the {layers} MoE layers keeps {len(first.keep)} of the {first.num_experts} experts of {source}{kept}"
+    )
+    width = f", with {len(first.neurons[0])} of {first.intermediate_size} neurons each" if first.neurons else ""
+    return f"{head}\n\n{text}{width}."
+
+
+def _how(plan: Plan) -> str:
+    """What happened to weights."""
+    if plan.operator is not None:
+        rows = f" Router rows follow by `{plan.router.mode}`."
+        return f"Experts that share a group were merged by `{plan.operator.name}`.{rows}"
+    return "No weight was changed."
 
 
 def _title(plan: Plan) -> str:

@@ -1,6 +1,7 @@
 """Writing safetensors shards out of byte ranges of other ones; the bytes pass through the kernel where it can.
 
-Nothing is decoded, so any dtype and any quantisation moves as it is, and memory does not grow with the checkpoint.
+Nothing of them is decoded, so any dtype and any quantisation moves as it is, and memory does not grow with the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
+import torch
+from torch import Tensor
+
 from collegium.compress.rewrite_layout import Piece
-from collegium.errors import CheckpointError
+from collegium.errors import CheckpointError, NonFiniteError
 from collegium.models.checkpoint import BITS
 
 __all__ = ["SHARD_BYTES", "copy_range", "shards", "write_shards"]
@@ -51,11 +55,16 @@ def shards(pieces: list[Piece], limit: int = SHARD_BYTES) -> dict[str, list[Piec
 
 
 def write_shards(
-    files: dict[str, list[Piece]], source: Path, out: Path, progress: Callable[[int], None] | None = None
+    files: dict[str, list[Piece]],
+    source: Path,
+    out: Path,
+    progress: Callable[[int], None] | None = None,
+    compute: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write `files` (see `shards`) to `out` out of the shards in `source`, and an index if there are several.
 
     Args:
+        compute: gives the tensors of the pieces that are computed, by name.
         progress: called with the number of bytes just written.
 
     Raises:
@@ -64,10 +73,16 @@ def write_shards(
     """
     for name, pieces in files.items():
         with ExitStack() as stack:
-            opened = {file: stack.enter_context(_open(source / file)) for file in {piece.file for piece in pieces}}
+            needed = {piece.file for piece in pieces if piece.file}
+            opened = {file: stack.enter_context(_open(source / file)) for file in needed}
             target = stack.enter_context(open(out / name, "wb", buffering=0))
             _write_all(target.fileno(), _header(pieces))
             for piece in pieces:
+                if piece.computed:
+                    assert compute is not None
+                    _write_all(target.fileno(), _content(compute(piece.name), piece))
+                    if progress is not None:
+                        progress(piece.nbytes)
                 for offset, nbytes in piece.ranges:
                     for done in copy_range(opened[piece.file].fileno(), target.fileno(), offset, nbytes):
                         if progress is not None:
@@ -78,6 +93,15 @@ def write_shards(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
         (out / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _content(tensor: Tensor, piece: Piece) -> memoryview:
+    """The bytes of a computed tensor, which must be what the header says, and finite."""
+    if tuple(tensor.shape) != piece.shape or tensor.nbytes != piece.nbytes:
+        raise CheckpointError(f"{piece.name!r} was computed as {list(tensor.shape)}, announced as {list(piece.shape)}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise NonFiniteError(f"{piece.name!r} was computed as NaN or infinite; a weight of the source is damaged")
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def copy_range(source: int, target: int, offset: int, nbytes: int) -> Iterator[int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -19,7 +19,7 @@ from collegium.errors import UnsupportedFamilyError
 from collegium.models.checkpoint import TensorInfo
 from collegium.models.summary import layer_of, part_of
 
-__all__ = ["Piece", "lay_out", "renumber"]
+__all__ = ["Block", "Piece", "lay_out", "renumber", "router_axis"]
 
 _EXPERT = re.compile(r"(experts\.(?:expert_)?)(\d+)(?=\.|$)")
 _ROUTER_BIAS = re.compile(r"(bias|biases|per_expert_scale)$")
@@ -39,8 +39,9 @@ class Piece:
 
     Attributes:
         name, dtype, shape: as its header entry will say.
-        file: the source shard that holds its bytes.
+        file: the source shard that holds its bytes; "" for a tensor that is computed.
         ranges: (first byte in that file, length), in the order they are written.
+        computed: length in bytes of a tensor that is computed.
     """
 
     name: str
@@ -48,21 +49,26 @@ class Piece:
     shape: tuple[int, ...]
     file: str
     ranges: tuple[tuple[int, int], ...]
+    computed: int = 0
 
     @property
     def nbytes(self) -> int:
         """Length in bytes."""
-        return sum(length for _, length in self.ranges)
+        return self.computed + sum(length for _, length in self.ranges)
 
 
 def lay_out(
-    tensors: Mapping[str, TensorInfo], num_experts: int, keep: Mapping[Block, tuple[int, ...]]
+    tensors: Mapping[str, TensorInfo],
+    num_experts: int,
+    keep: Mapping[Block, tuple[int, ...]],
+    without: Container[int] = (),
 ) -> tuple[list[Piece], list[str]]:
     """What becomes of every tensor: the pieces to write, in the order of the source, and the names left out.
 
     Args:
         num_experts: E, the same in every layer of `keep`.
         keep: the ids of the experts that stay, ascending, by MoE layer; tensors of other layers stay as they are.
+        without: layers whose experts are all left out, since new ones are computed.
 
     Raises:
         UnsupportedFamilyError: a tensor of experts or of a router has a form that cannot be cut, or a layer has no
@@ -77,13 +83,13 @@ def lay_out(
         if block is None or block not in keep or part not in ("experts", "router"):
             pieces.append(_whole(name, info))
         elif part == "experts":
-            piece = _cut_experts(name, info, num_experts, keep[block])
+            piece = None if block[1] in without else _cut_experts(name, info, num_experts, keep[block])
             if piece is None:
                 dropped.append(name)
             else:
                 pieces.append(piece)
         else:
-            axis = _router_axis(name, info.shape, num_experts)
+            axis = router_axis(name, info.shape, num_experts)
             pieces.append(_whole(name, info) if axis is None else _cut(name, info, axis, keep[block]))
             if axis == 0 and len(info.shape) == 2:
                 routed.add(block)
@@ -129,7 +135,7 @@ def _cut_experts(name: str, info: TensorInfo, num_experts: int, keep: tuple[int,
     )
 
 
-def _router_axis(name: str, shape: tuple[int, ...], num_experts: int) -> int | None:
+def router_axis(name: str, shape: tuple[int, ...], num_experts: int) -> int | None:
     """The axis of a router's tensor that counts experts; None if there is none."""
     if not _ROUTER_PACKED.search(name):
         if shape == (num_experts,) and _ROUTER_BIAS.search(name):

@@ -1,11 +1,10 @@
 """`calibrate`: statistics of a checkpoint whose model need not fit in memory.
 
 The calibration tokens go through one decoder layer after the other: only that layer's weights are in memory, and the
-hidden states of all tokens wait on disk between layers. What a layer is called with (masks, rotary tables, positions)
-is what the model's own forward calls it with: each forward runs the whole model, in which the layers before this one
-hand on what they get and the run ends behind it.
+hidden states of all tokens wait on disk between layers. For statistics of gradients the layers then run once more, last
+to first (`stream_backward`).
 
-Legend: B sequences, S positions of a batch, d model width.
+Legend: B sequences, S positions of a batch, d model width, L decoder layers.
 """
 
 from __future__ import annotations
@@ -13,37 +12,32 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from collegium._version import __version__
+from collegium.compress.stream_backward import Backward, check_gradients
+from collegium.compress.stream_forward import Forward, Part, check_layers
+from collegium.compress.stream_ranks import add_up, open_group
 from collegium.compress.stream_store import PartialRun
 from collegium.compress.stream_weights import LayerwiseModel
-from collegium.errors import CheckpointError, ConfigError, DataError, UnsupportedFamilyError
+from collegium.errors import CheckpointError, ConfigError, DataError
 from collegium.measure.collect import Collector, Counts, Feed, SiteCollection, batch_columns, statistics_meta
 from collegium.measure.residual import Residuals
-from collegium.measure.statistics import META, Statistics
+from collegium.measure.statistics import META, Statistics, StatisticsMeta
 from collegium.models.checkpoint import Checkpoint, open_checkpoint
 from collegium.sites import sites, tap
 from collegium.trace.run import Batch, batch_ids, batch_inputs
+from collegium.train.ranks import Ranks, open_ranks
 
 __all__ = ["Progress", "calibrate", "check_target"]
 
 Progress = Callable[[int, int, float], None]
-"""Called with the layers that are done, the layers in all, and the share of the present one that is done."""
-
-_LAYER_INPUTS = frozenset({
-    "hidden_states", "attention_mask", "position_ids", "position_embeddings", "past_key_values", "use_cache",
-    "cache_position", "output_attentions", "output_router_logits", "conv_mask", "attention_scaling",
-})  # fmt: skip
-"""What a decoder layer may take: all of it comes from the token ids, masks and positions. Anything else could come from
-an earlier layer, which does not run again."""
+"""Called with the steps that are done, the steps in all, and the share of the present one that is done. A step is a
+layer; with gradients the logits are one more, and so is each layer on the way back."""
 
 
 def calibrate(
@@ -67,9 +61,16 @@ def calibrate(
     present layer and those that come out of it (B * S * d numbers each) and the statistics so far; a run that was
     killed goes on from there with the layer it was at.
 
+    If a collector needs gradients, the hidden states of all layers stay there (L times as much), and after the forward
+    the gradient of the summed next-token loss goes back through the layers, one in memory at a time. Statistics of
+    gradients then equal autograd's on the whole model up to rounding.
+
+    Under torchrun each process streams every n-th batch, and the result is the sum, on each of them; the first one
+    writes it.
+
     Args:
         source: a Hugging Face model folder, not quantised.
-        batches: as for `collect`; their tokens are kept in memory.
+        batches: as for `collect`; their tokens are kept in memory. The same on all processes.
         collectors: what to gather; `Counts` is added.
         out: folder for the statistics.
         name: of the model; None means the folder's.
@@ -80,7 +81,7 @@ def calibrate(
 
     Raises:
         ConfigError: `out` holds statistics already (and `resume` is set) or something else, or an unfinished run of
-            other settings or batches; or a batch, a token id or the collectors do not fit.
+            other settings, batches or processes; or a batch, a token id or the collectors do not fit.
         DataError: there is no token.
         NotMoEError, UnsupportedFamilyError: there is nothing to look at, or the family cannot be streamed.
         CheckpointError, NonFiniteError: weights are missing or damaged, or changed while they were read.
@@ -90,48 +91,65 @@ def calibrate(
     out = Path(out).absolute()
     check_target(out, resume=resume)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    fingerprint = checkpoint.fingerprint
     collectors = [Counts(), *(one for one in collectors if not isinstance(one, Counts))]
-    streamed = LayerwiseModel(checkpoint, dtype)
-    _check_layers(streamed)
-    name = name or checkpoint.folder.resolve().name
-    meta = statistics_meta(streamed.model, collectors, name, fingerprint, data, domains)
-    parts = list(_parts(streamed, batches, len(domains), max_tokens))
-    tokens = sum(int(part.columns["valid"].sum()) for part in parts)
-    if not tokens:
-        raise DataError("the calibration data holds no token")
-    meta = meta.model_copy(update={"tokens": tokens})
-    layers = [layer.layer for layer in meta.layers]
+    with open_ranks() as ranks:
+        group = open_group(ranks)
+        streamed = LayerwiseModel(checkpoint, dtype)
+        check_layers(streamed)
+        if gradients := any(map(_needs_gradients, collectors)):
+            check_gradients(streamed)
+        name = name or checkpoint.folder.resolve().name
+        meta = statistics_meta(streamed.model, collectors, name, checkpoint.fingerprint, data, domains)
+        parts = list(_parts(streamed, batches, len(domains), max_tokens))
+        if not _tokens(parts):
+            raise DataError("the calibration data holds no token")
+        parts = parts[ranks.rank :: ranks.world]
+        meta = meta.model_copy(update={"tokens": _tokens(parts)})
+        top = len(streamed.layers) if gradients else None
+        store = _open_store(streamed, parts, meta, out, top, resume, ranks)
+        _run(streamed, store, parts, collectors, len(domains), progress)
+        if open_checkpoint(checkpoint.folder).fingerprint != meta.fingerprint:
+            raise CheckpointError(f"{checkpoint.folder} changed while it was read; start again with --fresh")
+        statistics = add_up(Statistics(meta, store.statistics()), ranks, group)
+        if ranks.first:
+            statistics.save(out)
+        ranks.barrier()  # what it is made of stays until it is written
+        store.remove()
+    return statistics
+
+
+def _needs_gradients(collector: Collector) -> bool:
+    return "gradients" in collector.needs
+
+
+def _tokens(parts: Iterable[Part]) -> int:
+    return sum(int(part.columns["valid"].sum()) for part in parts)
+
+
+def _open_store(
+    streamed: LayerwiseModel,
+    parts: Sequence[Part],
+    meta: StatisticsMeta,
+    out: Path,
+    top: int | None,
+    resume: bool,
+    ranks: Ranks,
+) -> PartialRun:
     run = {
-        "fingerprint": fingerprint,
+        "fingerprint": meta.fingerprint,
         "tokens": _digest(parts),
-        "domains": list(domains),
+        "domains": list(meta.domains),
         "collectors": meta.collectors,
         "dtype": str(streamed.dtype),
         "collegium": __version__,
     }
-    store = PartialRun(out, run, layers, resume=resume)
-    _Pass(streamed, store, parts, collectors, len(domains), progress).run()
-    if open_checkpoint(checkpoint.folder).fingerprint != fingerprint:
-        raise CheckpointError(f"{checkpoint.folder} changed while it was read; start again with --fresh")
-    statistics = Statistics(meta, store.statistics(layers))
-    statistics.save(out)
-    store.remove()
-    return statistics
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """One batch: what the model is called with, the columns of its tokens, and B and S."""
-
-    inputs: dict[str, Any]
-    columns: dict[str, Tensor]
-    shape: tuple[int, int]
+    layers = [layer.layer for layer in meta.layers]
+    return PartialRun(out, run, layers, resume=resume, top=top, rank=ranks.rank, world=ranks.world)
 
 
 def _parts(
     streamed: LayerwiseModel, batches: Iterable[Batch], num_domains: int, max_tokens: int | None
-) -> Iterator[_Part]:
+) -> Iterator[Part]:
     accepts = inspect.signature(streamed.model.forward).parameters
     seen = 0
     for batch in batches:
@@ -147,10 +165,10 @@ def _parts(
         if max_tokens is not None:
             columns["valid"] &= columns["valid"].cumsum(0) <= max_tokens - seen
         seen += int(columns["valid"].sum())
-        yield _Part(batch_inputs(ids, mask, batch, accepts), columns, (ids.shape[0], ids.shape[1]))
+        yield Part(batch_inputs(ids, mask, batch, accepts), columns, (ids.shape[0], ids.shape[1]))
 
 
-def _digest(parts: Sequence[_Part]) -> str:
+def _digest(parts: Sequence[Part]) -> str:
     """Identity of the batches."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
@@ -161,23 +179,57 @@ def _digest(parts: Sequence[_Part]) -> str:
     return digest.hexdigest()
 
 
+def _run(
+    streamed: LayerwiseModel,
+    store: PartialRun,
+    parts: Sequence[Part],
+    collectors: Sequence[Collector],
+    num_domains: int,
+    progress: Progress | None,
+) -> None:
+    """Do what is still to do, up to the point where the store has all statistics."""
+    plain, graded = ([one for one in collectors if _needs_gradients(one) == wanted] for wanted in (False, True))
+    forward = Forward(streamed)
+
+    def report(done: int, share: float) -> None:
+        if progress is not None:
+            progress(done, steps, share)
+
+    there = _Pass(streamed, forward, store, parts, plain, num_domains, report)
+    back = None
+    steps = there.end
+    if store.top is not None:
+        back = Backward(
+            streamed, forward, store, parts, graded, num_domains, lambda done, share: report(there.end + done, share)
+        )
+        steps += back.steps
+    there.run()
+    if back is not None:
+        back.run()
+
+
 class _Pass:
-    """One pass of the batches through the layers, from the one the store is at to the last with experts."""
+    """One pass of the batches through the layers, from the one the store is at to the last with experts, or to the last
+    of all if the way back is to begin there.
+
+    Attributes:
+        end: the number of layers it takes.
+    """
 
     def __init__(
         self,
         streamed: LayerwiseModel,
+        forward: Forward,
         store: PartialRun,
-        parts: Sequence[_Part],
+        parts: Sequence[Part],
         collectors: Sequence[Collector],
         num_domains: int,
-        progress: Progress | None,
+        report: Callable[[int, float], None],
     ) -> None:
-        self.streamed, self.store, self.parts = streamed, store, parts
-        self.collectors, self.num_domains, self.progress = collectors, num_domains, progress
-        self.forward = _Forward(streamed)
+        self.streamed, self.forward, self.store, self.parts = streamed, forward, store, parts
+        self.collectors, self.num_domains, self.report = collectors, num_domains, report
         self.sites = {site.layer: site for site in sites(streamed.model)}
-        self.last = max(self.sites)
+        self.end = max(self.sites) + 1 if store.top is None else store.top
 
     def run(self) -> None:
         model = self.streamed.model
@@ -190,7 +242,7 @@ class _Pass:
                 first = 0
                 self._embed()
             with residuals or nullcontext(), tap(model, feed, logits="logits" in needs):
-                for number in range(first, self.last + 1):
+                for number in range(first, self.end):
                     self._layer(number, feed)
 
     def _embed(self) -> None:
@@ -201,124 +253,22 @@ class _Pass:
     def _layer(self, number: int, feed: Feed) -> None:
         site = self.sites.get(number)
         shapes = [(*part.shape, self.forward.width) for part in self.parts]
-        self._report(number, 0.0)
+        wanted = number + 1 < self.end or self.store.top is not None
+        self.report(number, 0.0)
         with self.streamed.layer_loaded(number):
             collection = None if site is None else SiteCollection(site, self.collectors, self.num_domains)
             feed.collections = {} if site is None or collection is None else {site.path: collection}
             hidden = self.store.read_hidden(number, shapes, self.streamed.dtype)
-            with nullcontext(_drop) if number == self.last else self.store.write_hidden(number + 1) as write:
+            with self.store.write_hidden(number + 1) if wanted else nullcontext(_drop) as write:
                 for count, (part, x) in enumerate(zip(self.parts, hidden, strict=True), 1):
                     feed.columns = part.columns
                     write(self.forward.layer(number, x, part))
-                    self._report(number, count / len(self.parts))
+                    self.report(number, count / len(self.parts))
             self.store.finish_layer(number, {} if collection is None else collection.finish())
-
-    def _report(self, number: int, share: float) -> None:
-        if self.progress is not None:
-            self.progress(number, self.last + 1, share)
 
 
 def _drop(hidden: Tensor) -> None:
     """What comes out of the last layer is not needed."""
-
-
-class _Done(Exception):
-    """Ends a forward behind the layer that was to run."""
-
-
-class _Forward:
-    """Runs the embeddings, or one decoder layer, the way the model's own forward does."""
-
-    def __init__(self, streamed: LayerwiseModel) -> None:
-        self.streamed = streamed
-        self.width = streamed.model.config.get_text_config().hidden_size
-        self._number: int | None = None
-        self._shape: tuple[int, ...] = ()
-        self._hidden: Tensor | None = None
-        self._passed: Tensor | None = None
-        self._output: Any = None
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Within the context the model's layers do what this object says."""
-        modules = [self.streamed.embedding, *self.streamed.layers]
-        self.streamed.embedding.forward = partial(self._at_embedding, self.streamed.embedding.forward)
-        for number, layer in enumerate(self.streamed.layers):
-            layer.forward = partial(self._at_layer, number, layer.forward)
-        try:
-            yield
-        finally:
-            for module in modules:
-                del module.forward  # the class has its own
-
-    def embed(self, part: _Part) -> Tensor:
-        """``[B, S, d]`` what goes into layer 0. The embeddings must be loaded."""
-        return self._run(None, None, part)
-
-    def layer(self, number: int, hidden: Tensor, part: _Part) -> Tensor:
-        """``[B, S, d]`` what comes out of a layer for ``hidden [B, S, d]``. It must be loaded."""
-        return self._run(number, hidden, part)
-
-    def _run(self, number: int | None, hidden: Tensor | None, part: _Part) -> Tensor:
-        self._number, self._hidden, self._shape = number, hidden, (*part.shape, self.width)
-        with suppress(_Done):
-            self.streamed.model(**part.inputs)
-        output, self._output, self._hidden, self._passed = self._output, None, None, None
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        if shape != self._shape or output.dtype != self.streamed.dtype:
-            where = "the embeddings" if number is None else f"layer {number}"
-            raise self._refusal(
-                f"what comes out of {where} is {getattr(output, 'dtype', None)} {shape}, not "
-                f"{self.streamed.dtype} {self._shape}"
-            )
-        return output
-
-    def _at_embedding(self, forward: Callable[..., Tensor], ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._number is None:
-            return forward(ids, *args, **kwargs)
-        # what the first layer gets is not used
-        return torch.zeros(*ids.shape, self.streamed.embedding.weight.shape[1], dtype=self.streamed.dtype)
-
-    def _at_layer(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        if self._number is None:
-            self._output = hidden
-            raise _Done
-        if number == 0:
-            self._passed = hidden
-        elif hidden is not self._passed:
-            raise self._refusal(f"something happens to the hidden states between layers {number - 1} and {number}")
-        if number < self._number:
-            return hidden
-        other = [key for key, value in kwargs.items() if key not in _LAYER_INPUTS and not _plain(value)]
-        if other:
-            raise self._refusal(f"its decoder layers are also given {', '.join(other)}")
-        self._output = forward(self._hidden, *args[1:], **kwargs)
-        raise _Done
-
-    def _refusal(self, why: str) -> UnsupportedFamilyError:
-        return _refusal(self.streamed, why)
-
-
-def _refusal(streamed: LayerwiseModel, why: str) -> UnsupportedFamilyError:
-    return UnsupportedFamilyError(
-        f"family {streamed.family!r} cannot be streamed layer by layer: {why}; load the whole model and use "
-        "collegium.measure.collect"
-    )
-
-
-def _plain(value: Any) -> bool:
-    """Whether it is a setting, not something computed."""
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _check_layers(streamed: LayerwiseModel) -> None:
-    """Refuse decoder layers that take more than a layer can be given on its own."""
-    for layer in streamed.layers:
-        taken = inspect.signature(layer.forward).parameters
-        named = {name for name, one in taken.items() if one.kind is not inspect.Parameter.VAR_KEYWORD}
-        if named - _LAYER_INPUTS:
-            raise _refusal(streamed, f"its decoder layers also take {', '.join(sorted(named - _LAYER_INPUTS))}")
 
 
 def check_target(out: Path, *, resume: bool) -> None:

@@ -51,6 +51,8 @@ class LayerwiseModel:
         embedding: the token embeddings.
         family: model_type.
         dtype: of the weights once they are there.
+        stack: path of the list of decoder layers.
+        targets: name on disk -> name in the model, or the first of them where a tensor becomes several.
 
     Args:
         dtype: "auto" means the config's, else that of the weights.
@@ -69,9 +71,9 @@ class LayerwiseModel:
         self.checkpoint = checkpoint
         self.model, self.dtype = _build(checkpoint, dtype)
         self.family = str(checkpoint.config.get("model_type"))
-        self._stack = self._find_stack()
-        self._backbone = self._stack.rpartition(".")[0]
-        self.layers: Any = self.model.get_submodule(self._stack)
+        self.stack = self._find_stack()
+        self._backbone = self.stack.rpartition(".")[0]
+        self.layers: Any = self.model.get_submodule(self.stack)
         self.embedding: Any = self.model.get_input_embeddings()
         self._embedding = next(path for path, module in self.model.named_modules() if module is self.embedding)
         self._loading = LoadStateDictConfig(
@@ -79,8 +81,9 @@ class LayerwiseModel:
             dtype_plan=self.model._get_dtype_plan(self.dtype),
             weight_mapping=get_model_conversion_mapping(self.model),
         )
-        self._targets = self._find_targets()
-        self._fill(self._backbone, self._stack, self._embedding)
+        self.targets = self._find_targets()
+        self._fill(self._backbone, self.stack, self._embedding)
+        self.model.requires_grad_(False)
 
     @property
     def vocabulary(self) -> int:
@@ -100,14 +103,37 @@ class LayerwiseModel:
         Raises:
             CheckpointError: a tensor of it is missing, unexpected, damaged or of another shape.
         """
-        with self._loaded(f"{self._stack}.{number}"):
+        with self._loaded(f"{self.stack}.{number}"):
             yield self.layers[number]
+
+    @contextmanager
+    def head_loaded(self) -> Iterator[None]:
+        """Within the context what makes logits of the last hidden states is real.
+
+        Raises:
+            CheckpointError: as for `layer_loaded`.
+        """
+        head: Any = self.model.get_output_embeddings()
+        path = next(path for path, module in self.model.named_modules() if module is head)
+        name = f"{path}.weight"
+        if name in self.targets.values() or name not in self.model.all_tied_weights_keys:
+            with self._loaded(path):
+                yield
+            return
+        before = head._parameters["weight"]  # tied to the embeddings
+        with self.embedding_loaded():
+            head._parameters["weight"] = self.embedding.weight
+            try:
+                yield
+            finally:
+                head._parameters["weight"] = before
 
     @contextmanager
     def _loaded(self, path: str) -> Iterator[None]:
         before = [(m, dict(m._parameters), dict(m._buffers)) for m in self.model.get_submodule(path).modules()]
         try:
             self._fill(path)
+            self.model.get_submodule(path).requires_grad_(False)
             yield
         finally:
             for module, parameters, buffers in before:
@@ -120,7 +146,7 @@ class LayerwiseModel:
         def inside(name: str) -> bool:
             return _under(name, path) and not any(_under(name, other) for other in without)
 
-        names = [name for name, target in self._targets.items() if inside(target)]
+        names = [name for name, target in self.targets.items() if inside(target)]
         report = self._convert(names, path)
         self.model._adjust_missing_and_unexpected_keys(report)
         missing = [name for name in report.missing_keys if inside(name)]
@@ -204,6 +230,11 @@ def _refuse(checkpoint: Checkpoint) -> None:
                 f"{folder} is quantised; statistics are taken from weights of a floating dtype. Save a dequantised copy"
             )
     section = config.get("collegium")
+    if isinstance(section, dict) and "shrunk" in section:
+        raise UnsupportedFamilyError(
+            f"{folder} is a shrunk model in collegium's own format, which cannot be streamed; open it with "
+            "collegium.compress.load_own and use collegium.measure.collect"
+        )
     if isinstance(section, dict) and section.get("moe") is not None:
         raise UnsupportedFamilyError(
             f"{folder} holds MoE blocks of collegium's own, which cannot be streamed; make it a plain transformers "

@@ -1,6 +1,6 @@
 """`Target`: what a planner must know of the model it plans for, read from the checkpoint's config and headers.
 
-Legend: E experts of a layer, K experts a token chooses, G routing groups.
+Legend: E experts of a layer, K experts a token chooses, G routing groups, d model width, f expert width.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ def fewest_kept(num_experts: int, top_k: int, groups: int, top_groups: int) -> i
 
 @dataclass(frozen=True)
 class TargetLayer:
-    """One MoE layer: its E, and the stored bytes and the parameters of one expert with its row of the router."""
+    """One MoE layer: its E, the stored bytes and the parameters of one expert with its row of the router, f, and the
+    stored bytes and the parameters of one neuron of one expert (None and 0 where f is not known)."""
 
     layer: int
     num_experts: int
     expert_nbytes: int
     expert_parameters: int
+    intermediate_size: int | None = None
+    neuron_nbytes: int = 0
+    neuron_parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Target:
             fingerprint=None if checkpoint.missing or not checkpoint.tensors else checkpoint.fingerprint,
             family=summary.family,
             top_k=layers[0].top_k or 1,
-            layers=_with_rows(layers, summary),
+            layers=_layers(layers, summary, lookup(checkpoint.config, "hidden_size")),
             nbytes=summary.nbytes,
             parameters=summary.parameters,
             groups=groups,
@@ -103,14 +107,30 @@ class Target:
         )
 
 
-def _with_rows(layers: list[LayerSummary], summary: Summary) -> tuple[TargetLayer, ...]:
+def _layers(layers: list[LayerSummary], summary: Summary, d: Any) -> tuple[TargetLayer, ...]:
     """Routers are linear: each expert has an equal part of them, its row and its biases."""
     experts = sum(one.num_experts or 0 for one in layers)
     parameters, nbytes = (total // experts for total in summary.parts["router"])
     return tuple(
-        TargetLayer(one.layer, one.num_experts or 0, one.expert_nbytes + nbytes, one.expert_parameters + parameters)
+        TargetLayer(
+            one.layer,
+            one.num_experts or 0,
+            one.expert_nbytes + nbytes,
+            one.expert_parameters + parameters,
+            *_neuron(one, summary.expert_width, d),
+        )
         for one in layers
     )
+
+
+def _neuron(layer: LayerSummary, f: int | None, d: Any) -> tuple[int | None, int, int]:
+    """``(f, bytes, parameters)`` of one neuron: its rows and column, and its entries of the biases."""
+    whole = layer.expert_parameters
+    if f is None or not isinstance(d, int) or not whole:
+        return None, 0, 0
+    # what an expert holds beside its neurons is the bias of its output
+    parameters = whole // f if whole % (d * f) == 0 else (whole - d) // f
+    return f, layer.expert_nbytes * parameters // whole, parameters
 
 
 def _groups(config: dict[str, Any]) -> tuple[int, int]:

@@ -6,7 +6,10 @@ once the cache is full as many residents that the token does not use are evicted
 SCH (segment cache best hit rate) those with the fewest activations in the m tokens after this one, of equals those used
 longest ago. Both are demand caches: SCH looks ahead to choose what to evict, never to load.
 
-Legend: N tokens, E experts of a layer, K slots a token, C capacities.
+Intervals resample blocks of documents with the hits they had in this trace, where each document found in the cache what
+the one before it had left; what another order of the documents would do is not in them.
+
+Legend: N tokens, E experts of a layer, K slots a token, C capacities, B blocks of documents.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import numpy as np
 
 from collegium.errors import ConfigError
 from collegium.measure.estimate import Estimate
+from collegium.measure.information import means
 from collegium.measure.kernels import each_layer, lru_depths, sch_depths
 from collegium.measure.metric import metric
 from collegium.measure.tokens import read_tokens
@@ -45,6 +49,8 @@ class CacheCurve:
         requests: expert requests that were served.
         tokens: tokens that made them.
         lru_shuffled: ``[C]`` the same with the tokens of the trace shuffled: what popular experts alone give.
+        sch_interval, lru_interval: ``[C, 2]`` ends of 95 % intervals over blocks of documents; None for a trace of one
+            document, which says nothing about the spread.
     """
 
     layer: int
@@ -57,6 +63,8 @@ class CacheCurve:
     requests: int
     tokens: int
     lru_shuffled: Array
+    sch_interval: Array | None = None
+    lru_interval: Array | None = None
 
     def summary(self) -> dict[str, int | float | str | Estimate | None]:
         """One table row, at the capacity nearest to 2 K."""
@@ -65,10 +73,15 @@ class CacheCurve:
             "layer": self.layer,
             "capacity (experts)": int(self.capacity[at]),
             "capacity / K": float(self.ratio[at]),
-            f"SCH {self.segment}": float(self.sch[at]),
-            "LRU": float(self.lru[at]),
+            f"SCH {self.segment}": _estimate(self.sch[at], self.sch_interval, at),
+            "LRU": _estimate(self.lru[at], self.lru_interval, at),
             "LRU, tokens shuffled": float(self.lru_shuffled[at]),
         }
+
+
+def _estimate(value: float, interval: Array | None, at: int) -> Estimate:
+    low, high = (np.nan, np.nan) if interval is None else interval[at].tolist()
+    return Estimate(float(value), low, high)
 
 
 @metric(
@@ -82,7 +95,9 @@ def cache_curves(
 ) -> list[CacheCurve]:
     """SCH and LRU hit rates of every traced layer, in order.
 
-    Exact at every capacity: both policies keep stacks, so one pass over all tokens serves all capacities.
+    Exact at every capacity: both policies keep stacks, so one pass over all tokens serves all capacities. For the
+    intervals it counts the hits of each block of documents apart: a block is a document, or, of more than 64 documents,
+    one of 64 equal parts at random.
 
     Args:
         trace: any; decode order matters, prompts are read token by token.
@@ -108,25 +123,40 @@ def cache_curves(
         K = min(experts.shape[1], E)
         wanted = _default_ratios(E / K) if ratios is None else ratios
         capacity = np.unique(np.minimum(np.rint(np.multiply(wanted, K)), E).astype(np.int64))
-        requests = int((experts < E).sum())
+        requests_B = np.bincount(tokens.block, (experts < E).sum(1), tokens.num_blocks)
+        requests = int(requests_B.sum())
 
-        def hit_rate(depths: Array) -> Array:
-            return np.cumsum(depths)[capacity - 1] / max(requests, 1)
+        def hits(depths_BE: Array) -> Array:
+            return np.cumsum(depths_BE, 1)[:, capacity - 1]
 
+        sch_BC = hits(sch_depths(experts, E, min(segment, len(tokens)), tokens.block, tokens.num_blocks))
+        lru_BC = hits(lru_depths(experts, E, tokens.block, tokens.num_blocks))
+        shuffled_BC = hits(lru_depths(experts[shuffle], E, tokens.block, tokens.num_blocks))
+        sch, lru, lru_shuffled = (found.sum(0) / max(requests, 1) for found in (sch_BC, lru_BC, shuffled_BC))
+        sch_interval, lru_interval = _intervals(sch_BC, lru_BC, requests_B)
         return CacheCurve(
             layer=layer,
             capacity=capacity,
             ratio=capacity / K,
-            sch=hit_rate(sch_depths(experts, E, min(segment, len(tokens)))),
-            lru=hit_rate(lru_depths(experts, E)),
+            sch=sch,
+            lru=lru,
             segment=segment,
             first_touch="miss",
             requests=requests,
             tokens=len(tokens),
-            lru_shuffled=hit_rate(lru_depths(experts[shuffle], E)),
+            lru_shuffled=lru_shuffled,
+            sch_interval=sch_interval,
+            lru_interval=lru_interval,
         )
 
     return each_layer(trace, tokens, one)
+
+
+def _intervals(sch_BC: Array, lru_BC: Array, requests_B: Array) -> tuple[Array | None, Array | None]:
+    """``([C, 2], [C, 2])`` intervals of hits per request, by the same resamples; None without a spread."""
+    found = means(np.column_stack([sch_BC, lru_BC, requests_B]), (0, 1))
+    ends = np.array([(estimate.low, estimate.high) for estimate in found])
+    return (None, None) if np.isnan(ends).any() else (ends[: len(ends) // 2], ends[len(ends) // 2 :])
 
 
 def _default_ratios(most: float) -> list[float]:

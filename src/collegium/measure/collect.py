@@ -10,36 +10,30 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from collegium._version import __version__
 from collegium.errors import ConfigError, ModelError, NonFiniteError, UnsupportedFamilyError
-from collegium.experts.compute import compute
-from collegium.experts.from_module import expert_weights
-from collegium.experts.weights import ExpertWeights
+from collegium.measure.batches import batch_columns, trace_batches
 from collegium.measure.residual import Residuals
+from collegium.measure.site_batch import SiteBatch, apply_experts, weights_of
 from collegium.measure.statistics import Entry, LayerEntry, Statistics, StatisticsMeta
-from collegium.measure.tokens import read_tokens
-from collegium.rng import seed_of
 from collegium.routing import Routing
 from collegium.sites import Order, Site, sites, tap
-from collegium.trace import Trace
-from collegium.trace.rows import spread
 from collegium.trace.run import Batch, batch_ids, batch_inputs
 
 __all__ = [
     "Collector",
     "Counts",
     "Feed",
+    "Need",
     "SiteBatch",
     "SiteCollection",
     "apply_experts",
@@ -51,111 +45,7 @@ __all__ = [
     "weights_of",
 ]
 
-Need = Literal["outputs", "logits", "residual"]
-
-
-def weights_of(site: Site) -> ExpertWeights:
-    """The parameters of a site's experts. Nothing is copied.
-
-    Raises:
-        UnsupportedFamilyError: they are not fused parameters of a floating dtype (NLLB-MoE, Switch, quantised experts).
-    """
-    experts: Any = site.experts
-    weights = getattr(experts, "weights", None)
-    if not isinstance(weights, ExpertWeights):
-        if site.scales_input:  # Llama-4, whose experts lack the flags of the common seam
-            weights = ExpertWeights(
-                up=experts.gate_up_proj,
-                down=experts.down_proj,
-                activation=lambda hidden: experts.act_fn(hidden.chunk(2, -1)[0]) * hidden.chunk(2, -1)[1],
-                transposed=True,
-            )
-        else:
-            weights = expert_weights(experts)
-    if weights.up.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise UnsupportedFamilyError(
-            f"{site.path}: the experts' weights are {weights.up.dtype}; load the model dequantised to look at them"
-        )
-    return weights
-
-
-def apply_experts(weights: ExpertWeights, x: Tensor, expert: Tensor) -> Tensor:
-    """``[A, d]`` float32: the output of expert ``expert [A]`` for each row of ``x [A, d]``, without combine weights."""
-    if not len(x):
-        return x.float()
-    E = max(weights.num_experts, int(expert.max()) + 1)  # ids beyond the experts compute nothing, and give zeros
-    weight = torch.ones_like(expert, dtype=torch.float32)
-    routing = Routing(expert, weight, num_tokens=len(x), num_experts=E, slots=1)
-    return compute(x.float(), routing, weights)
-
-
-class SiteBatch:
-    """What one forward showed at one MoE block. Tokens that do not count (padding) are in no row.
-
-    Attributes:
-        site: the block.
-        x: ``[T, d]`` the experts' input.
-        routing: what the experts were told; with logits if a collector needs them.
-        document, domain, position: ``[T]`` int64; domains are codes.
-        valid: ``[T]`` bool, the tokens that count.
-        residual: ``[T, d]`` the residual stream entering the block, if a collector needs it, else None.
-        token, expert: ``[A]`` int64 rows sorted by expert, in token order within one; dropped assignments left out.
-        weight: ``[A]`` float32 combine weights of the rows.
-        offsets: ``[E + 1]`` int64; rows ``offsets[e]:offsets[e + 1]`` are expert e's.
-    """
-
-    def __init__(
-        self,
-        site: Site,
-        x: Tensor,
-        routing: Routing,
-        *,
-        document: Tensor,
-        domain: Tensor,
-        position: Tensor,
-        valid: Tensor,
-        residual: Tensor | None = None,
-        whole: SiteBatch | None = None,
-    ) -> None:
-        self.site, self.x, self.routing = site, x.detach(), routing
-        self.document, self.domain, self.position, self.valid = document, domain, position, valid
-        self.residual, self._whole = residual, whole
-        dispatch = routing.dispatch()
-        live = valid[dispatch.token]
-        order = dispatch.order[live]
-        self.token, self.expert = dispatch.token[live], routing.expert[order]
-        self.weight = routing.weight[order].detach().float()
-        counts = torch.bincount(self.expert, minlength=routing.num_experts)
-        self.offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-    @cached_property
-    def outputs(self) -> Tensor:
-        """``[A, d]`` float32 outputs of the experts, before the combine weights. Computed once for all collectors."""
-        if self._whole is not None:
-            return self._whole.outputs[self.valid[self._whole.token]]
-        x = self.x[self.token].float()
-        if self.site.scales_input:
-            x = x * self.weight[:, None]
-        return apply_experts(weights_of(self.site), x, self.expert)
-
-    def of_domain(self, code: int) -> SiteBatch | None:
-        """The same batch with only the tokens of one domain counting; None if there are none."""
-        valid = self.valid & (self.domain == code)
-        if not bool(valid.any()):
-            return None
-        if bool((valid == self.valid).all()):
-            return self
-        return SiteBatch(
-            self.site,
-            self.x,
-            self.routing,
-            document=self.document,
-            domain=self.domain,
-            position=self.position,
-            valid=valid,
-            residual=self.residual,
-            whole=self,
-        )
+Need = Literal["outputs", "hidden", "logits", "residual", "gradients"]
 
 
 class Collector(Protocol):
@@ -163,8 +53,9 @@ class Collector(Protocol):
 
     Attributes:
         name: in the meta.
-        needs: "outputs" if it reads ``batch.outputs``, "logits" if it reads ``batch.routing.logits``, "residual" if it
-            reads ``batch.residual``.
+        needs: "outputs" if it reads ``batch.outputs`` or what is made of them, "hidden" if it reads ``batch.hidden``,
+            "logits" if it reads ``batch.routing.logits``, "residual" if it reads ``batch.residual``, "gradients" if it
+            reads what only a backward pass gives.
         statistics: what `finish` gives. With ``by_domain`` (all of them or none) the collector has one state a domain,
             and knows nothing of it.
     """
@@ -267,7 +158,7 @@ def layer_entry(site: Site) -> LayerEntry:
 
 
 class Feed:
-    """The tap that hands every block's batch to its collectors."""
+    """The tap that hands every block's batch to its collectors, in pieces that bound what the experts' outputs take."""
 
     order = Order.OBSERVE
 
@@ -283,7 +174,8 @@ class Feed:
             )
         columns: dict[str, Any] = {name: values.to(x.device) for name, values in self.columns.items()}
         residual = None if self.residuals is None else self.residuals.take(site)
-        self.collections[site.path].update(SiteBatch(site, x, routing, residual=residual, **columns))
+        for piece in SiteBatch(site, x, routing, residual=residual, **columns).pieces():
+            self.collections[site.path].update(piece)
 
 
 def collect(
@@ -345,21 +237,6 @@ def collect(
     return Statistics(meta.model_copy(update={"tokens": seen}), tensors)
 
 
-def batch_columns(batch: Batch, ids: Tensor, mask: Tensor, num_domains: int) -> dict[str, Tensor]:
-    """``[T]`` document, domain, position and valid of a batch; documents are rows if not given."""
-    B, S = ids.shape
-    given = {
-        "document": batch.get("document", torch.arange(B)),
-        "domain": batch.get("domain", torch.zeros(B, dtype=torch.long)),
-        "position": batch.get("position", mask.cumsum(1).sub(1).clamp(min=0)),
-    }
-    columns = {key: torch.from_numpy(spread(values, B, S).astype(np.int64)) for key, values in given.items()}
-    domain = columns["domain"]
-    if domain.numel() and not 0 <= int(domain.min()) <= int(domain.max()) < num_domains:
-        raise ConfigError(f"domain {int(domain.max())} is no index into the {num_domains} domains")
-    return {**columns, "valid": mask.reshape(-1).cpu()}
-
-
 def statistics_meta(
     model: Any,
     collectors: Sequence[Collector],
@@ -400,36 +277,3 @@ def statistics_meta(
 def _settings(collector: Any) -> dict[str, Any]:
     """As JSON would give them back, so that settings read from a file compare equal."""
     return json.loads(json.dumps(asdict(collector)))
-
-
-def trace_batches(trace: Trace, model: Any, max_tokens: int | None = None, *, seed: int = 0) -> Iterator[Batch]:
-    """The sequences of `trace` as batches of one for `collect`, in random order, up to `max_tokens` tokens in all.
-
-    Raises:
-        ModelError: the trace is of another model: other layers, numbers of experts, or more token ids.
-        TraceError: the trace is empty.
-    """
-    mine = {site.layer: site.num_experts for site in sites(model)}
-    theirs = {entry.layer: entry.num_experts for entry in trace.meta.layers}
-    tokens = read_tokens(trace)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if mine != theirs or int(tokens.token.max()) >= vocabulary:
-        raise ModelError(
-            f"{trace.folder} is not a trace of this model: experts by layer are {theirs} and {mine}, the highest token "
-            f"id is {int(tokens.token.max())} of {vocabulary}"
-        )
-    left = len(tokens) if max_tokens is None else max_tokens
-    order = np.random.default_rng(seed_of("trace batches", seed)).permutation(len(tokens.starts) - 1)
-    return _sequences(tokens, order.tolist(), left)
-
-
-def _sequences(tokens: Any, order: list[int], left: int) -> Iterator[Batch]:
-    columns = {name: getattr(tokens, name) for name in ("token", "position", "document", "domain")}
-    for sequence in order:
-        if left <= 0:
-            return
-        first = int(tokens.starts[sequence])
-        rows = slice(first, min(int(tokens.starts[sequence + 1]), first + left))
-        batch = {name: torch.from_numpy(values[rows].astype(np.int64))[None] for name, values in columns.items()}
-        left -= batch["token"].shape[1]
-        yield {"input_ids": batch.pop("token"), **batch}

@@ -16,7 +16,7 @@ from collegium.jit import njit
 from collegium.measure.estimate import Estimate
 from collegium.measure.information import means
 from collegium.measure.metric import metric
-from collegium.measure.tokens import Tokens, read_tokens
+from collegium.measure.tokens import read_tokens
 from collegium.trace import Trace
 
 __all__ = ["Confidence", "router_confidence"]
@@ -38,7 +38,7 @@ class Confidence:
     """How clear the choices of one layer's router are.
 
     p is the softmax of the logits, or their sigmoids. Sigmoids do not sum to 1: for everything but the margin they are
-    divided by their sum.
+    divided by their sum. Intervals are over blocks of documents, and NaN for a single document.
 
     Attributes:
         layer: index of the decoder layer.
@@ -55,12 +55,12 @@ class Confidence:
     """
 
     layer: int
-    margin: dict[float, float]
+    margin: dict[float, Estimate]
     top_mass: Estimate
     entropy: Estimate
-    k_for_mass: dict[float, float]
-    changed_by_k: dict[int, float]
-    fragile: float
+    k_for_mass: dict[float, Estimate]
+    changed_by_k: dict[int, Estimate]
+    fragile: Estimate
 
     def summary(self) -> dict[str, int | float | str | Estimate | None]:
         """One table row."""
@@ -96,7 +96,7 @@ def router_confidence(trace: Trace) -> list[Confidence]:
         raise TraceError(f"{trace.folder} was recorded without router logits; record it again with --logits")
     scores = {layer: _score(trace, layer) for layer in trace.layers}
     tokens = read_tokens(trace)
-    block = _row_blocks(tokens)
+    block = tokens.recorded_block()
     other_k = {layer: _other_k(trace, layer) for layer in trace.layers}
     sums = {layer: np.zeros((tokens.num_blocks, len(MASSES) + len(other_k[layer]) + 4)) for layer in trace.layers}
     margins = {layer: np.empty(len(tokens), np.float32) for layer in trace.layers}
@@ -111,7 +111,7 @@ def router_confidence(trace: Trace) -> list[Confidence]:
             best = p.max(1)  # of those not chosen: the others are -1 by now
             margins[layer][rows] = np.where((best < 0) | np.isinf(least), np.float32(np.nan), least - best)
             sums[layer][:, -2] += np.bincount(block[rows], margins[layer][rows] < FRAGILE, tokens.num_blocks)
-    return [_confidence(layer, margins[layer], other_k[layer], sums[layer]) for layer in trace.layers]
+    return [_confidence(layer, margins[layer], block, other_k[layer], sums[layer]) for layer in trace.layers]
 
 
 def _other_k(trace: Trace, layer: int) -> Array:
@@ -120,20 +120,41 @@ def _other_k(trace: Trace, layer: int) -> Array:
     return np.array(sorted({k for k in (K // 2, K - 1, K + 1, 2 * K) if 1 <= k <= entry.num_experts} - {K}), np.int64)
 
 
-def _confidence(layer: int, margin: Array, other_k: Array, sums: Array) -> Confidence:
-    known = margin[~np.isnan(margin)]
-    quantiles = np.quantile(known, QUANTILES).tolist() if len(known) else [np.nan] * len(QUANTILES)
-    top_mass, entropy = means(sums[:, [0, 1, -1]], (0, (1, np.inf)))
-    total = sums.sum(0)
+def _confidence(layer: int, margin: Array, block: Array, other_k: Array, sums: Array) -> Confidence:
+    highest = [1, np.inf, *[np.inf] * len(MASSES), *[1] * len(other_k), 1]
+    top_mass, entropy, *rest, fragile = means(sums, (0, highest))
     return Confidence(
         layer=layer,
-        margin=dict(zip(QUANTILES, quantiles, strict=True)),
+        margin=dict(zip(QUANTILES, _quantiles(margin, block, len(sums)), strict=True)),
         top_mass=top_mass,
         entropy=entropy,
-        k_for_mass=dict(zip(MASSES, (total[2 : 2 + len(MASSES)] / total[-1]).tolist(), strict=True)),
-        changed_by_k=dict(zip(other_k.tolist(), (total[2 + len(MASSES) : -2] / total[-1]).tolist(), strict=True)),
-        fragile=float(total[-2] / total[-1]),
+        k_for_mass=dict(zip(MASSES, rest[: len(MASSES)], strict=True)),
+        changed_by_k=dict(zip(other_k.tolist(), rest[len(MASSES) :], strict=True)),
+        fragile=fragile,
     )
+
+
+def _quantiles(values: Array, block: Array, B: int) -> list[Estimate]:
+    """`QUANTILES` of ``values [N]``, NaN left out, with the intervals of Woodruff (1952).
+
+    The share of values up to a quantile is a mean, whose interval is found by resampling; the values at the ends of
+    that interval are the ends for the quantile.
+    """
+    known = ~np.isnan(values)
+    values, block = values[known], block[known]
+    if not len(values):
+        return [Estimate(np.nan, np.nan, np.nan)] * len(QUANTILES)
+    found = np.quantile(values, QUANTILES)
+    counts = [np.bincount(block, values <= value, B) for value in found]
+    shares = means(np.stack([*counts, np.bincount(block, minlength=B)], 1), (0, 1))
+    if np.isnan(shares[0].low):
+        return [Estimate(float(value), np.nan, np.nan) for value in found]
+    # of values that are equal, the share up to one is larger than the quantile's
+    ends = [
+        (q + share.low - share.value, q + share.high - share.value) for q, share in zip(QUANTILES, shares, strict=True)
+    ]
+    lows, highs = np.quantile(values, np.clip(np.transpose(ends), 0, 1))
+    return [Estimate(*map(float, number)) for number in zip(found, lows, highs, strict=True)]
 
 
 def _score(trace: Trace, layer: int) -> Score:
@@ -144,15 +165,6 @@ def _score(trace: Trace, layer: int) -> Score:
             f"{' and '.join(_SCORES)} only"
         )
     return _SCORES[score]
-
-
-def _row_blocks(tokens: Tokens) -> Array:
-    """``[N]`` block of each row, in recording order."""
-    if tokens.order is None:
-        return tokens.block
-    block = np.empty_like(tokens.block)
-    block[tokens.order] = tokens.block
-    return block
 
 
 def _softmax(z: Array) -> tuple[Array, Array, Array]:
@@ -185,8 +197,8 @@ def _add(
     other_k: Array,
     sums: Array,
 ) -> Array:
-    """Add one part to ``sums [B, mass of the chosen, entropy, experts for MASSES, tokens changed by other k, -,
-    tokens]``; chosen p become -1.
+    """Add one part to ``sums [B, mass of the chosen, entropy, experts for MASSES, tokens changed by other k, fragile
+    tokens, tokens]``, but for the fragile ones; chosen p become -1.
 
     Returns:
         ``[N]`` p of the least of the chosen, infinite where there is none.

@@ -187,17 +187,20 @@ def segment_routers(windows: Array, lengths: Array) -> Array:
 
 
 @njit(nogil=True, cache=True)
-def lru_depths(experts: Array, E: int) -> Array:
+def lru_depths(experts: Array, E: int, block: Array, B: int) -> Array:
     """How many other experts were used since the last use of each requested one, before its token.
 
     Within a token the earlier slot counts as used later, so that the last slot is evicted first.
 
+    Args:
+        block: ``[N]`` of each token, below B.
+
     Returns:
-        ``[E]`` requests by that number; an LRU cache of capacity C >= K hits the first C entries. First touches are in
-        none of them.
+        ``[B, E]`` requests of each block by that number; an LRU cache of capacity C >= K hits the first C entries.
+        First touches are in none of them.
     """
     N, K = experts.shape
-    depths = np.zeros(E, np.int64)
+    depths = np.zeros((B, E), np.int64)
     used = np.full(E, -1)
     for t in range(N):
         for k in range(K):
@@ -207,7 +210,7 @@ def lru_depths(experts: Array, E: int) -> Array:
                 later = 0
                 for other in range(E):  # without a branch, so that it is done in vector registers
                     later += used[other] > since
-                depths[later] += 1
+                depths[block[t], later] += 1
         for k in range(K):
             if experts[t, k] < E:
                 used[experts[t, k]] = t * K + K - 1 - k
@@ -215,7 +218,7 @@ def lru_depths(experts: Array, E: int) -> Array:
 
 
 @njit(nogil=True, cache=True)
-def sch_depths(experts: Array, E: int, m: int) -> Array:
+def sch_depths(experts: Array, E: int, m: int, block: Array, B: int) -> Array:
     """How deep in the cache requested experts lie if evictions look m >= 1 tokens ahead, for all capacities at once.
 
     After a token is served, a cache keeps the token's experts and, of its other residents, those with the most
@@ -224,12 +227,15 @@ def sch_depths(experts: Array, E: int, m: int) -> Array:
     (Mattson et al., 1970): one stack whose first C entries are the cache of capacity C. Below the token's experts each
     place keeps the better of its resident and the best of those that gave way above.
 
+    Args:
+        block: ``[N]`` of each token, below B.
+
     Returns:
-        ``[E]`` requests found at each place; a cache of capacity C >= K hits the first C entries. First touches are in
-        none of them.
+        ``[B, E]`` requests of each block found at each place; a cache of capacity C >= K hits the first C entries.
+        First touches are in none of them.
     """
     N, K = experts.shape
-    depths = np.zeros(E, np.int64)
+    depths = np.zeros((B, E), np.int64)
     stack = np.zeros(E, np.int64)
     size = 0
     worth = np.zeros(E, np.int64)  # coming activations x _AHEAD + last use
@@ -253,7 +259,7 @@ def sch_depths(experts: Array, E: int, m: int) -> Array:
         while found < requests and place < size:
             e = stack[place]
             if asked[e] == t:
-                depths[place] += 1
+                depths[block[t], place] += 1
                 found += 1
             else:
                 at = tail

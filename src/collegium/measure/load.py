@@ -6,7 +6,7 @@ Legend: N tokens, L traced layers, E experts of a layer, B blocks of documents, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -18,7 +18,10 @@ from collegium.measure.tokens import read_tokens
 from collegium.trace import Trace
 from collegium.trace.schema import PHASES
 
-__all__ = ["Load", "load"]
+if TYPE_CHECKING:
+    from collegium.measure.statistics import Statistics
+
+__all__ = ["Load", "load", "load_of_statistics"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -31,7 +34,8 @@ class Load:
     """Use of one layer's experts by all tokens, or by those of one domain or phase.
 
     Numbers are of assignments that were carried out; what a capacity limit dropped is in `dropped` alone. Without any
-    assignment (an empty domain) shares are 0 and the estimates NaN.
+    assignment (an empty domain) shares are 0 and the estimates NaN. Of a single document, or of counts that know no
+    documents, the estimates have no interval.
 
     Attributes:
         layer: index of the decoder layer.
@@ -113,6 +117,15 @@ def load(trace: Trace, by: Literal["domain", "phase"] | None = None) -> list[Loa
         ]
 
     return [found for layer in each_layer(trace, tokens, one) for found in layer]
+
+
+def load_of_statistics(statistics: Statistics) -> list[Load]:
+    """The load of every layer from the counts ``n`` of `statistics`, without intervals: counts know no documents.
+
+    Raises:
+        ConfigError: there are no such counts.
+    """
+    return [_load(layer, None, statistics.get(layer, "n").numpy()[None], None) for layer in statistics.layers]
 
 
 def _load(layer: int, group: str | None, counts_BE: Array, dropped: Array | None) -> Load:

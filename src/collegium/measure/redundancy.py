@@ -8,11 +8,13 @@ of real experts it loses nothing: neurons that belong together are nearest to ea
 projected at random, once to pair them and once more, independently, to take the cosine of the pairs: copies come out as
 1, and everything else within about ``1 / sqrt(256 f)`` of its cosine, without the bias of having picked the nearest.
 
-Legend: E experts, f expert width, d model width, m length of a neuron (3d with a gate, 2d without), n sampled tokens.
+Legend: E experts, f expert width, d model width, m length of a neuron (3d with a gate, 2d without), n sampled tokens,
+B blocks of documents.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, ClassVar
@@ -25,12 +27,15 @@ from torch.nn import functional as F
 from collegium.errors import ConfigError
 from collegium.experts.weights import ExpertWeights
 from collegium.measure.collect import Need, SiteBatch, apply_experts, collect, trace_batches, weights_of
-from collegium.measure.estimate import Estimate
+from collegium.measure.estimate import MAX_BLOCKS, Estimate
+from collegium.measure.information import means
 from collegium.measure.metric import metric
 from collegium.measure.statistics import Entry, Statistics
+from collegium.measure.tokens import read_tokens
 from collegium.rng import generator
 from collegium.sites import Site, sites
 from collegium.trace import Trace
+from collegium.trace.run import Batch
 
 __all__ = ["OutputCosine", "Redundancy", "redundancy", "weight_cosine"]
 
@@ -38,6 +43,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 CLOSEST = 5
 """Pairs that `Redundancy.closest` lists."""
+SEQUENCES = 16
+"""That the outputs are compared on, at the least: of a few documents the spread would not be known."""
 
 _TO_PAIR, _TO_COMPARE = 128, 256  # lengths of projected neurons
 _CONTROLS = 4  # random experts: six pairs
@@ -48,7 +55,8 @@ _CHUNK = 1 << 25  # values of one intermediate result in memory at a time
 class OutputCosine:
     """``out_cos [E, E]``: the cosine of two experts' outputs for one token, every expert run on it, summed over a
     sample of tokens; ``out_cos_n []``: their number. ``out_cos_random []``: the same sum for pairs of random
-    experts with weights of the same spread.
+    experts with weights of the same spread. ``out_cos_blocks [B, 2]``: for each block of documents the mean cosine
+    of two different experts, summed over its tokens, and their number; document i is in block i modulo B.
 
     Attributes:
         tokens: how many tokens are taken, from the first batches.
@@ -64,6 +72,7 @@ class OutputCosine:
         Entry(name="out_cos", collector="out_cos", axes=("E", "E")),
         Entry(name="out_cos_random", collector="out_cos", axes=()),
         Entry(name="out_cos_n", collector="out_cos", axes=(), dtype="int64"),
+        Entry(name="out_cos_blocks", collector="out_cos", axes=(MAX_BLOCKS, 2)),
     )
 
     def __post_init__(self) -> None:
@@ -76,6 +85,7 @@ class OutputCosine:
             "out_cos": torch.zeros(E, E, dtype=torch.float64),
             "out_cos_random": torch.zeros((), dtype=torch.float64),
             "out_cos_n": torch.zeros((), dtype=torch.int64),
+            "out_cos_blocks": torch.zeros(MAX_BLOCKS, 2, dtype=torch.float64),
         }
 
     def update(self, state: dict[str, Tensor], batch: SiteBatch) -> None:
@@ -84,12 +94,16 @@ class OutputCosine:
         take = min(left, len(token), self.per_batch or len(token))
         if take <= 0:
             return
-        x = batch.x[token[torch.linspace(0, len(token) - 1, take).long().to(token.device)]].float()
+        chosen = token[torch.linspace(0, len(token) - 1, take).long().to(token.device)]
+        x = batch.x[chosen].float()
         weights = weights_of(batch.site)
-        state["out_cos"] += _output_cosine(weights, x)
-        random = _output_cosine(_random_experts(weights, batch.site.layer), x)
+        cosines, of_token = _output_cosine(weights, x)
+        random, _ = _output_cosine(_random_experts(weights, batch.site.layer), x)
+        state["out_cos"] += cosines
         state["out_cos_random"] += _off_diagonal_mean(random.numpy())
         state["out_cos_n"] += take
+        block = batch.document[chosen].cpu() % MAX_BLOCKS
+        state["out_cos_blocks"].index_add_(0, block, torch.stack([of_token, torch.ones_like(of_token)], 1))
 
     def finish(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return state
@@ -104,7 +118,8 @@ class Redundancy:
         by_weights: ``[E, E]`` of their weights after neurons are paired, whatever their order; biases left out.
         by_outputs: ``[E, E]`` of their outputs for one token, mean over a sample of tokens all experts were run on.
         closest: pairs ``(i, j, cosine of outputs)``, most alike first.
-        mean_by_weights, mean_by_outputs: over pairs of two experts; 0 for a single expert.
+        mean_by_weights, mean_by_outputs: over pairs of two experts; 0 for a single expert. The interval of the outputs
+            is over the documents of the sample, NaN if it is of one.
         control: `mean_by_weights` of randomly initialised experts of that shape.
         control_outputs: `mean_by_outputs` of those, on the same tokens.
         in_order: ``[E, E]`` plain cosine of their weights, neurons as they stand.
@@ -116,7 +131,7 @@ class Redundancy:
     by_outputs: Array
     closest: tuple[tuple[int, int, float], ...]
     mean_by_weights: float
-    mean_by_outputs: float
+    mean_by_outputs: Estimate
     control: float
     control_outputs: float
     in_order: Array
@@ -145,22 +160,33 @@ def redundancy(trace: Trace, model: Any, *, max_tokens: int = 1024) -> list[Redu
 
     Args:
         trace: of `model`; only its tokens are used.
-        max_tokens: every expert is run on so many tokens, of sequences taken in random order.
+        max_tokens: every expert is run on so many tokens, of `SEQUENCES` or more sequences taken in random order.
 
     Raises:
         ModelError: the trace is of another model.
         UnsupportedFamilyError: the experts' weights cannot be reached.
     """
+    each = -(-max_tokens // min(SEQUENCES, len(read_tokens(trace).starts) - 1))
     statistics = collect(
         model,
-        trace_batches(trace, model, max_tokens),
-        [OutputCosine(tokens=max_tokens)],
+        _sample(trace, model, max_tokens, each),
+        [OutputCosine(tokens=max_tokens, per_batch=each)],
         name=trace.meta.model,
         fingerprint=trace.meta.fingerprint,
         data=trace.meta.data,
         domains=trace.meta.domains,
     )
     return [_layer(site, statistics) for site in sorted(sites(model), key=lambda site: site.layer)]
+
+
+def _sample(trace: Trace, model: Any, max_tokens: int, each: int) -> Iterator[Batch]:
+    """Sequences that have `max_tokens` tokens together, of each at most so many; what is very long is cut."""
+    left = max_tokens
+    for batch in trace_batches(trace, model):
+        if left <= 0:
+            return
+        yield {name: values[:, :max_tokens] for name, values in batch.items()}
+        left -= min(batch["input_ids"].shape[1], each)
 
 
 @torch.no_grad()
@@ -173,13 +199,14 @@ def _layer(site: Site, statistics: Statistics) -> Redundancy:
     random = float(statistics.get(site.layer, "out_cos_random")) / max(tokens, 1)
     i, j = np.triu_indices(len(by_outputs), 1)
     order = np.argsort(-by_outputs[i, j], kind="stable")[:CLOSEST]
+    (mean_by_outputs,) = means(statistics.get(site.layer, "out_cos_blocks").numpy(), (-1, 1))
     return Redundancy(
         layer=site.layer,
         by_weights=by_weights,
         by_outputs=by_outputs,
         closest=tuple((int(i[n]), int(j[n]), float(by_outputs[i[n], j[n]])) for n in order),
         mean_by_weights=_off_diagonal_mean(by_weights),
-        mean_by_outputs=_off_diagonal_mean(by_outputs),
+        mean_by_outputs=mean_by_outputs,
         control=_off_diagonal_mean(control),
         control_outputs=random,
         in_order=in_order,
@@ -252,7 +279,7 @@ def _random_experts(weights: ExpertWeights, layer: int) -> ExpertWeights:
     for name in ("up", "down"):
         real = getattr(weights, name)
         fresh = torch.randn(_CONTROLS, *real.shape[1:], generator=generator("random experts", layer, name))
-        drawn[name] = fresh.to(real.device) * real.float().std()
+        drawn[name] = fresh.to(real.device) * _deviation(real)
     zeros: dict[str, Any] = {
         name: torch.zeros(_CONTROLS, *getattr(weights, name).shape[1:], device=weights.up.device)
         for name in ("up_bias", "down_bias")
@@ -261,16 +288,26 @@ def _random_experts(weights: ExpertWeights, layer: int) -> ExpertWeights:
     return replace(weights, **drawn, **zeros)
 
 
-def _output_cosine(weights: ExpertWeights, x: Tensor) -> Tensor:
-    """``[E, E]`` float64: cosines of the experts' outputs for each row of ``x [n, d]``, summed over rows."""
+def _deviation(matrices: Tensor) -> Tensor:
+    """Standard deviation of all values of ``matrices [E, ...]``, of which one is copied in float32 at a time."""
+    mean = torch.stack([one.float().mean() for one in matrices]).mean()
+    return torch.stack([(one.float() - mean).square().mean() for one in matrices]).mean().sqrt()
+
+
+def _output_cosine(weights: ExpertWeights, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``([E, E], [n])`` float64: cosines of the experts' outputs, summed over the rows of ``x [n, d]``; and for each
+    row the mean over pairs of two experts."""
     E, d = weights.num_experts, x.shape[1]
-    total = torch.zeros(E, E, dtype=torch.float64)
+    total, of_row = torch.zeros(E, E, dtype=torch.float64), []
     for rows in x.split(max(1, _CHUNK // (E * d))):
         n = len(rows)
         expert = torch.arange(E, device=x.device).repeat_interleave(n)
         y = F.normalize(apply_experts(weights, rows.repeat(E, 1), expert), dim=-1).view(E, n, d).transpose(0, 1)
-        total += torch.bmm(y, y.transpose(1, 2)).sum(0).double().cpu()
-    return total
+        cosines = torch.bmm(y, y.transpose(1, 2))
+        total += cosines.sum(0).double().cpu()
+        with_itself = cosines.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64)
+        of_row.append((cosines.sum((1, 2), dtype=torch.float64) - with_itself).cpu() / max(E * (E - 1), 1))
+    return total, torch.cat(of_row)
 
 
 def _off_diagonal_mean(square: Array) -> float:

@@ -1,12 +1,12 @@
 """`Statistics`: what a pass over a model learnt about each expert, as named tensors of each layer.
 
-Everything is a sum or a count (or a largest value), never a mean, so that passes over other texts, on other machines,
-can be added. On disk it is a folder:
+Everything is a sum or a count (or a largest value, or a sample that does not depend on the order), never a mean, so
+that passes over other texts, on other machines, can be added. On disk it is a folder:
 
     statistics.json          `StatisticsMeta` and a checksum over it
     statistics.safetensors   tensors "<layer>.<name>"
 
-Legend: L layers, E experts of a layer, C domains, d model width, f expert width.
+Legend: L layers, E experts of a layer, C domains, d model width, f expert width, R rows of a sample.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 from collegium.errors import ConfigError, StatisticsError
 from collegium.files import atomic_dir
 
-__all__ = ["Coverage", "Entry", "LayerEntry", "Statistics", "StatisticsMeta"]
+__all__ = ["Coverage", "Entry", "LayerEntry", "Statistics", "StatisticsMeta", "lowest"]
 
 SCHEMA_VERSION = 1
 META, TENSORS = "statistics.json", "statistics.safetensors"
@@ -36,12 +36,15 @@ STARVED = 32
 """An expert with fewer tokens is starved: its means say little."""
 
 _META_LIMIT = 1 << 24  # bytes
-_DTYPES = {"float64": torch.float64, "int64": torch.int64}
+_DTYPES = {"float64": torch.float64, "float32": torch.float32, "int64": torch.int64}
+_GOES_WITH = {"where": "max", "rows": "lowest"}
+"""How a statistic is merged that follows another -> how that other is."""
 _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class LayerEntry(BaseModel):
-    """One MoE layer: index of the decoder layer, module path, E, K, d and f."""
+    """One MoE layer: index of the decoder layer, module path, E, K, d and f (0 where counts were imported without the
+    model)."""
 
     model_config = _STRICT
 
@@ -49,8 +52,8 @@ class LayerEntry(BaseModel):
     path: str
     num_experts: int = Field(ge=1, le=1 << 16)
     top_k: int = Field(ge=1, le=1 << 16)
-    hidden_size: int = Field(ge=1)
-    intermediate_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=0)
+    intermediate_size: int = Field(ge=0)
 
 
 class Entry(BaseModel):
@@ -59,11 +62,13 @@ class Entry(BaseModel):
     Attributes:
         name: of the tensors, such as "down_max".
         collector: which collector made it.
-        axes: of one domain's tensor: "E", "d" and "f" stand for the layer's sizes.
-        dtype: sums are float64, counts int64.
-        merge: how two passes are added: "sum"; "max"; or "where", which takes the rows (first axis) of the pass whose
-            statistic `of` is larger there.
-        of: for "where" only, the name of a "max" statistic.
+        axes: of one domain's tensor: "E", "d" and "f" stand for the layer's sizes, "R" for the rows of a sample, at
+            most as many as the collector's setting ``rows``.
+        dtype: sums are float64, counts int64, samples float32.
+        merge: how two passes are added: "sum"; "max"; "where", which takes the rows (first axis) of the pass whose
+            statistic `of` is larger there; "lowest", the R smallest distinct keys ``[R]``, ascending; or "rows", the
+            rows that belong to the keys `of`. A sample by keys does not depend on how passes are cut or ordered.
+        of: for "where" the name of a "max" statistic, for "rows" that of a "lowest" one.
         by_domain: the tensor has one more axis in front, over the domains; only for "sum".
     """
 
@@ -71,23 +76,28 @@ class Entry(BaseModel):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     collector: str
-    axes: tuple[Literal["E", "d", "f"] | int, ...] = Field(strict=False)
-    dtype: Literal["float64", "int64"] = "float64"
-    merge: Literal["sum", "max", "where"] = "sum"
+    axes: tuple[Literal["E", "d", "f", "R"] | int, ...] = Field(strict=False)
+    dtype: Literal["float64", "float32", "int64"] = "float64"
+    merge: Literal["sum", "max", "where", "lowest", "rows"] = "sum"
     of: str | None = None
     by_domain: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> Entry:
-        if (self.merge == "where") != (self.of is not None):
-            raise ValueError(f"statistic {self.name!r}: 'of' belongs to merge 'where', and to it only")
+        if (self.merge in _GOES_WITH) != (self.of is not None):
+            raise ValueError(f"statistic {self.name!r}: 'of' belongs to merge 'where' and 'rows', and to them only")
+        sampled = self.axes[:1] == ("R",) and "R" not in self.axes[1:]
+        if sampled != (self.merge in ("lowest", "rows")) or ("R" in self.axes) != sampled:
+            raise ValueError(f"statistic {self.name!r}: the first axis of a sample is 'R', and of a sample only")
+        if self.merge == "lowest" and (len(self.axes) > 1 or self.dtype != "int64"):
+            raise ValueError(f"statistic {self.name!r}: keys are int64 [R]")
         if self.by_domain and self.merge != "sum":
             raise ValueError(f"statistic {self.name!r}: only sums can be kept by domain")
         return self
 
-    def shape(self, layer: LayerEntry, domains: int) -> tuple[int, ...]:
-        """Of the tensor of `layer`."""
-        sizes = {"E": layer.num_experts, "d": layer.hidden_size, "f": layer.intermediate_size}
+    def shape(self, layer: LayerEntry, domains: int, rows: int = 0) -> tuple[int, ...]:
+        """Of the tensor of `layer`, where a sample has so many `rows`."""
+        sizes = {"E": layer.num_experts, "d": layer.hidden_size, "f": layer.intermediate_size, "R": rows}
         axes = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self.axes)
         return (domains, *axes) if self.by_domain else axes
 
@@ -103,7 +113,7 @@ class StatisticsMeta(BaseModel):
         layers: its MoE layers, ascending.
         data: what the tokens came from, in words, one entry a pass.
         domains: names along the domain axis.
-        tokens: how many were seen, padding left out.
+        tokens: how many were seen, padding left out; 0 where imported counts do not tell.
         statistics: every statistic; each layer has a tensor for each.
         collectors: the settings of each collector.
         created: ISO 8601, UTC.
@@ -137,11 +147,23 @@ class StatisticsMeta(BaseModel):
         if len(kinds) != len(self.statistics):
             raise ValueError("two statistics have one name")
         for entry in self.statistics:
-            if entry.of is not None and kinds.get(entry.of) != "max":
-                raise ValueError(f"statistic {entry.name!r} goes with {entry.of!r}, which is no largest value")
+            if entry.of is not None and kinds.get(entry.of) != _GOES_WITH[entry.merge]:
+                raise ValueError(
+                    f"statistic {entry.name!r} of merge {entry.merge!r} goes with {entry.of!r}, whose merge is not "
+                    f"{_GOES_WITH[entry.merge]!r}"
+                )
             if entry.collector not in self.collectors:
                 raise ValueError(f"statistic {entry.name!r} is of collector {entry.collector!r}, which is not listed")
+            if "R" in entry.axes and self.rows(entry) < 1:
+                raise ValueError(
+                    f"statistic {entry.name!r} is a sample; its collector needs a setting rows, at least 1"
+                )
         return self
+
+    def rows(self, entry: Entry) -> int:
+        """How many rows a sample has at most; 0 for what is none."""
+        found = self.collectors[entry.collector].get("rows")
+        return found if "R" in entry.axes and type(found) is int else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +195,8 @@ class Statistics:
             state = "is missing" if odd[0] in wanted else "is not in the meta"
             raise StatisticsError(f"statistic {odd[0][1]!r} of layer {odd[0][0]} {state}")
         for layer, entry in self._entries():
-            tensor, shape = self.tensors[layer.layer, entry.name], entry.shape(layer, len(meta.domains))
+            tensor = self.tensors[layer.layer, entry.name]
+            shape = entry.shape(layer, len(meta.domains), self._rows(layer, entry))
             where = f"statistic {entry.name!r} of layer {layer.layer}"
             if tuple(tensor.shape) != shape or tensor.dtype != _DTYPES[entry.dtype]:
                 raise StatisticsError(
@@ -181,6 +204,11 @@ class Statistics:
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise StatisticsError(f"{where} holds NaN or infinity")
+
+    def _rows(self, layer: LayerEntry, entry: Entry) -> int:
+        """How many rows the sample of `entry` should have: those of its keys, where that is not too many."""
+        keys = self.tensors[layer.layer, entry.of or entry.name]
+        return min(keys.numel(), self.meta.rows(entry))
 
     def _entries(self) -> Iterator[tuple[LayerEntry, Entry]]:
         return ((layer, entry) for layer in self.meta.layers for entry in self.meta.statistics)
@@ -230,23 +258,30 @@ class Statistics:
             if mine != theirs and not (field == "model" and self.meta.fingerprint is not None):
                 raise ConfigError(f"cannot add statistics whose {field} differs: {_short(mine)} and {_short(theirs)}")
         domains = tuple(dict.fromkeys((*self.meta.domains, *other.meta.domains)))
-        tensors: dict[tuple[int, str], Tensor] = {}
-        for layer, entry in self._entries():
-            key = (layer.layer, entry.name)
-            a, b = self.tensors[key], other.tensors[key]
-            if entry.by_domain:
-                a, b = _spread(a, self.meta.domains, domains), _spread(b, other.meta.domains, domains)
-            if entry.of is not None:
-                other_wins = other.tensors[layer.layer, entry.of] > self.tensors[layer.layer, entry.of]
-                tensors[key] = torch.where(other_wins.view(-1, *[1] * (a.dim() - 1)), b, a)
-            else:
-                tensors[key] = a + b if entry.merge == "sum" else torch.maximum(a, b)
+        tensors = {
+            (layer.layer, entry.name): self._merged(other, layer.layer, entry, domains)
+            for layer, entry in self._entries()
+        }
         added = {
             "domains": domains,
             "tokens": self.meta.tokens + other.meta.tokens,
             "data": (*self.meta.data, *other.meta.data),
         }
         return Statistics(self.meta.model_copy(update=added), tensors)
+
+    def _merged(self, other: Statistics, layer: int, entry: Entry, domains: tuple[str, ...]) -> Tensor:
+        """One statistic of one layer, of both passes."""
+        a, b = self.tensors[layer, entry.name], other.tensors[layer, entry.name]
+        if entry.by_domain:
+            a, b = _spread(a, self.meta.domains, domains), _spread(b, other.meta.domains, domains)
+        if entry.merge == "sum":
+            return a + b
+        if entry.merge == "max":
+            return torch.maximum(a, b)
+        mine, theirs = (one.tensors[layer, entry.of or entry.name] for one in (self, other))
+        if entry.merge == "where":
+            return torch.where((theirs > mine).view(-1, *[1] * (a.dim() - 1)), b, a)
+        return torch.cat([a, b])[lowest(torch.cat([mine, theirs]), self.meta.rows(entry))]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the statistics to `folder` as a whole.
@@ -289,6 +324,14 @@ class Statistics:
             raise StatisticsError(f"{folder}: {error}") from error
         except Exception as error:  # foreign bytes; what their parser raises is not ours to list
             raise StatisticsError(f"{path} is not readable: {error}") from error
+
+
+def lowest(keys: Tensor, rows: int) -> Tensor:
+    """``[R]`` places of the smallest distinct values of ``keys [N]``, ascending, at most `rows` of them."""
+    ordered, place = keys.sort(stable=True)
+    fresh = torch.ones_like(ordered, dtype=torch.bool)
+    fresh[1:] = ordered[1:] != ordered[:-1]
+    return place[fresh][:rows]
 
 
 def _spread(tensor: Tensor, names: tuple[str, ...], domains: tuple[str, ...]) -> Tensor:

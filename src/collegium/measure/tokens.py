@@ -61,6 +61,14 @@ class Tokens:
         """``[N, K]`` float16 combine weights of `layer` in reading order, 0 in unused slots."""
         return self._arrange(trace.weights(layer))
 
+    def recorded_block(self) -> Array:
+        """``[N]`` block of each row of the trace, in the order of recording."""
+        if self.order is None:
+            return self.block
+        block = np.empty_like(self.block)
+        block[self.order] = self.block
+        return block
+
     def _arrange(self, rows: Array) -> Array:
         return np.ascontiguousarray(rows if self.order is None else rows[self.order])
 

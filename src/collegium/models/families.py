@@ -19,6 +19,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     ),
     "expert_width": ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size", "intermediate_size", "d_ff"),
     "shared": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert"),
+    "hidden_size": ("hidden_size", "d_model", "n_embd"),
     "layers": ("num_hidden_layers", "n_layers", "num_layers", "n_layer"),
     "groups": ("n_group", "num_expert_group"),
     "top_groups": ("topk_group",),

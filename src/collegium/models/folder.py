@@ -43,7 +43,7 @@ from collegium.models.config import MoEConfig
 from collegium.models.installing import install
 from collegium.models.wrapping import unwrap_block
 
-__all__ = ["load", "save", "unwrapped"]
+__all__ = ["AUTO_CLASSES", "MODEL_TYPE", "load", "refuse_difference", "save", "unique_tensors", "unwrapped"]
 
 MODEL_TYPE = "collegium"
 """``model_type`` on disk of a model with fresh MoE blocks."""
@@ -98,7 +98,7 @@ def save(
 
 
 def _save_fresh(model: PreTrainedModel, folder: Path) -> None:
-    tensors = _tensors(model)
+    tensors = unique_tensors(model)
     config = json.loads(model.config.to_json_string())
     config["collegium"]["base"] = config["model_type"]
     config |= {"model_type": MODEL_TYPE, "architectures": ["CollegiumForCausalLM"]}
@@ -110,7 +110,7 @@ def _save_fresh(model: PreTrainedModel, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict, each tied tensor under its first name only."""
     unique = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if unique[id(tensor)] == name}
@@ -156,9 +156,9 @@ def load(
     checkpoint = open_checkpoint(folder)
     if not trust_remote_code:
         refuse_remote_code(checkpoint.config)
+    section = _section(checkpoint)
     checkpoint.verify()
     checkpoint.verify_finite()
-    section = _section(checkpoint)
     if section is not None and section.moe is not None:
         model = _load_fresh(checkpoint, section, dtype)
     else:
@@ -172,6 +172,11 @@ def _section(checkpoint: Checkpoint) -> _Section | None:
     raw = checkpoint.config.get("collegium")
     if raw is None:
         return None
+    if isinstance(raw, dict) and "shrunk" in raw:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds a shrunk model in collegium's own format; open it with "
+            "collegium.compress.load_own"
+        )
     try:
         return _Section.model_validate(raw)
     except ValidationError as error:
@@ -202,8 +207,8 @@ def _load_fresh(checkpoint: Checkpoint, section: _Section, dtype: torch.dtype | 
 @torch.no_grad()
 def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copy every tensor of the checkpoint into the model; both must hold the same ones."""
-    wanted = _tensors(model)
-    _refuse_difference(checkpoint.folder, wanted.keys() - checkpoint.tensors, checkpoint.tensors.keys() - wanted)
+    wanted = unique_tensors(model)
+    refuse_difference(checkpoint.folder, wanted.keys() - checkpoint.tensors, checkpoint.tensors.keys() - wanted)
     by_file: dict[str, list[str]] = {}
     for name, info in checkpoint.tensors.items():
         if tuple(wanted[name].shape) != info.shape:
@@ -239,7 +244,7 @@ def _load_plain(
         if isinstance(error, ConfigError):
             raise
         raise CheckpointError(f"transformers cannot open {folder}: {error}") from error
-    _refuse_difference(folder, report["missing_keys"], report["unexpected_keys"])
+    refuse_difference(folder, report["missing_keys"], report["unexpected_keys"])
     return model
 
 
@@ -252,7 +257,8 @@ def _auto_class(config: PretrainedConfig, trust_remote_code: bool) -> Any:
     raise UnsupportedFamilyError(f"transformers has no language-model class for model type {config.model_type!r}")
 
 
-def _refuse_difference(folder: Path, missing: Any, unexpected: Any) -> None:
+def refuse_difference(folder: Path, missing: Any, unexpected: Any) -> None:
+    """Raise CheckpointError if there are any: a checkpoint and a model with other tensors are not one model."""
     if missing or unexpected:
         raise CheckpointError(
             f"{folder} does not fit its config: missing tensors {_some(missing)}, "

@@ -245,7 +245,8 @@ def _architecture(config: dict[str, Any]) -> str | None:
 
 
 def _text_family(config: dict[str, Any]) -> str:
-    return str(_table(config, "text_config").get("model_type") or config.get("model_type"))
+    base = _table(config, "collegium").get("base")  # of a folder in our own format
+    return str(_table(config, "text_config").get("model_type") or base or config.get("model_type"))
 
 
 def _score(config: dict[str, Any], family: str) -> str | None:

@@ -129,7 +129,7 @@ def heat_map(
         "x": {"field": x.column, "type": "ordinal", "title": x.title, "axis": {"labelAngle": 0, "labelOverlap": True}},
         "y": {"field": y.column, "type": "ordinal", "title": y.title, "sort": None, "axis": {"labelOverlap": True}},
     }
-    legend = {"orient": "top", "gradientLength": 240, "titleLimit": 600}
+    legend = {"orient": "top", "gradientLength": 240, "titleLimit": 600, "labelSeparation": 8}
     colour: Spec = {
         "field": value.column,
         "type": "quantitative",
@@ -171,7 +171,7 @@ def series(
     Args:
         x, y: columns of the axes.
         by: column of the lines.
-        interval: columns of the ends of an interval around `y`, drawn as bars.
+        interval: columns of the ends of an interval around `y`, drawn as bars, or as a band where `x` has a scale.
         top: the y axis ends there and begins at 0, which intervals may exceed.
         ordinal: `x` has a place for each value instead of a scale.
         names: order of the lines.
@@ -183,7 +183,7 @@ def series(
     x_axis["axis"] = {"labelAngle": 0, "labelOverlap": True, "grid": False, **_format(x)}
     scale: Spec = {"zero": True} if top is None else {"domain": [0, top]}
     y_axis: Spec = {"field": y.column, "type": "quantitative", "title": y.title, "scale": scale, "axis": _format(y)}
-    legend = {"orient": "top", "labelLimit": 400, "symbolStrokeWidth": 2}
+    legend = {"orient": "top", "labelLimit": 400, "symbolStrokeWidth": 2, "symbolOpacity": 1}
     kind: Spec = {"field": by.column, "type": "nominal", "title": None, "legend": legend} if by else {}
     if by:
         # the same domain for colour, dash and shape makes one legend of the three
@@ -197,8 +197,16 @@ def series(
     ]
     if interval:
         low: Spec = {"field": interval[0], "type": "quantitative", "title": y.title}
-        rule: Spec = {"mark": {"type": "rule", "strokeWidth": 1.5, "opacity": 0.6, "clip": True}}
-        layers.insert(0, {**rule, "encoding": {"y": low, "y2": {"field": interval[1]}}})
+        bar: Spec = {"type": "rule", "strokeWidth": 1.5, "opacity": 0.6, "clip": True}
+        band: Spec = {"type": "area", "opacity": 0.22, "line": False, "clip": True}
+        layers.insert(
+            0,
+            {
+                "transform": [{"filter": f"isValid(datum['{interval[0]}'])"}],  # a line may have none
+                "mark": bar if ordinal else band,
+                "encoding": {"y": low, "y2": {"field": interval[1]}},
+            },
+        )
     return {
         "data": {"name": "table"},
         "width": _WIDTH,
@@ -231,7 +239,8 @@ def _config(colours: Sequence[str], *, background: str, text: str, faint: str) -
         "background": background,
         "font": "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif",
         "padding": 4,
-        "axis": {**words, "gridColor": faint, "domainColor": faint, "tickColor": faint},
+        "axis": {**words, "gridColor": faint, "domainColor": faint, "tickColor": faint, "labelSeparation": 4},
+        "area": {"color": colours[0]},
         "legend": {**words, "columns": 2},
         "view": {"stroke": None},
         "range": {"category": list(colours)},

@@ -28,7 +28,16 @@ from collegium.report.verdict import THRESHOLDS, verdict
 from collegium.report.viewer import Tokenizer, ViewerData, viewer_data
 from collegium.trace import Trace
 
-__all__ = ["Say", "write_figures", "write_report"]
+__all__ = [
+    "Say",
+    "cells_across",
+    "figure_block",
+    "figure_meta",
+    "template_text",
+    "vega_script",
+    "write_figures",
+    "write_report",
+]
 
 Say = Callable[[str, int, int], None]
 """Progress: called with (what is being done, how many steps are done, of how many)."""
@@ -108,23 +117,23 @@ def _render(measured: Measured, parts: Sequence[Section], viewed: ViewerData, su
         f"{many(len(trace.meta.domains), 'domain')}",
         short=len(trace) < THRESHOLDS.tokens,
         trace=f"trace {trace.folder.name}",
-        css=_template("page.css"),
-        script="\n".join(map(_template, _SCRIPTS)),
-        vega=_vega(),
+        css=template_text("page.css"),
+        script="\n".join(map(template_text, _SCRIPTS)),
+        vega=vega_script(),
         sections=parts,
         findings=found,
         facts=facts(trace, summary),
         domains=domain_tokens(trace),
         comparison=_comparison(measured),
         viewer_help=_viewer_help(viewed),
-        width_of=_width,
-        meta=script_json({"config": CONFIG, "figures": [_figure_meta(f) for f in figures], "viewer": viewed.meta}),
-        figure_data=_figure_block(figures),
+        width_of=cells_across,
+        meta=script_json({"config": CONFIG, "figures": [figure_meta(f) for f in figures], "viewer": viewed.meta}),
+        figure_data=figure_block(figures),
         viewer_data=pack_block(viewed.columns),
     )
 
 
-def _figure_meta(figure: Figure) -> dict[str, Any]:
+def figure_meta(figure: Figure) -> dict[str, Any]:
     """What the script needs to know of a figure besides its data."""
     return {
         "name": figure.name,
@@ -135,12 +144,13 @@ def _figure_meta(figure: Figure) -> dict[str, Any]:
     }
 
 
-def _figure_block(figures: Sequence[Figure]) -> str:
+def figure_block(figures: Sequence[Figure]) -> str:
+    """The data of all figures as text, see `pack_block`."""
     columns = {f"{figure.name}/{name}": values for figure in figures for name, values in figure.columns.items()}
     return pack_block(columns, bits={f"{f.name}/{name}": f.bits for f in figures for name in f.columns})
 
 
-def _width(figure: Figure) -> int:
+def cells_across(figure: Figure) -> int:
     """Cells of a heat map from left to right."""
     first = figure.readout[0].column
     column = next((choice.values[0] for choice in figure.choices if choice.name == first), first)
@@ -182,12 +192,13 @@ def _viewer_help(viewed: ViewerData) -> str:
     return words
 
 
-def _template(name: str) -> str:
+def template_text(name: str) -> str:
+    """A file of the templates as it is."""
     return resources.files("collegium.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 @cache
-def _vega() -> str:
+def vega_script() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, of the version that draws the pictures, too."""
     bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     return bundle.replace("</script", "<\\/script")

@@ -65,6 +65,7 @@ def sections(measured: Measured, *, expert_bytes: int | None = None) -> list[Sec
             ("router", "The router", "How sure it is, and whether its choice can be known in advance."),
             ("confidence", router.confidence, None),
             ("confidence", router.needed, None),
+            ("confidence", router.changed, "Each layer has one expert, so no other number of them is possible."),
             ("confidence", router.margin, None),
             ("predictability", router.predictability, None),
             ("congestion", router.congestion, "No layer lets balance and quality be told apart."),

@@ -11,7 +11,7 @@ import numpy as np
 from collegium.report.figures._columns import number, unsigned_zero
 from collegium.report.figures.locality import mean_curve, num_experts
 from collegium.report.figures.router import recalls
-from collegium.report.figures.specialisation import favourites
+from collegium.report.figures.specialisation import excess, favourites
 from collegium.report.figures.weights import super_words
 from collegium.report.measured import Measured
 
@@ -123,10 +123,9 @@ def _balanced(loads: Sequence[Any] | None, t: Thresholds) -> Finding | None:
 def _specialised(information: Sequence[Any] | None, t: Thresholds) -> Finding | None:
     if not information:
         return None
-    excess = np.array([number(found.bits) - found.control for found in information])
-    best = information[int(excess.argmax())]
+    best = max(information, key=excess)
     domains = len(favourites(best))
-    part = float(excess.max() / np.log2(max(domains, 2)))
+    part = excess(best) / float(np.log2(max(domains, 2)))
     beaten = sum(number(found.bits) > found.control_high for found in information)
     answer, grade = "no", "neutral"
     if number(best.bits) > best.control_high and part >= t.weakly:
@@ -231,7 +230,7 @@ def _odd(measured: Measured, t: Thresholds) -> Finding | None:
     """Layers whose numbers are far from the median of the layers, in median absolute deviations."""
     kinds = {
         "imbalance": [(f.layer, number(f.max_violation)) for f in measured.get("load") or ()],
-        "domain information": [(f.layer, number(f.bits) - f.control) for f in measured.get("domains") or ()],
+        "domain information": [(f.layer, excess(f)) for f in measured.get("domains") or ()],
         "locality": [
             (f.layer, number(f.srp[0]) - number(f.shuffled[0]))
             for f in measured.get("locality") or ()

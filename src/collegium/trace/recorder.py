@@ -111,6 +111,7 @@ def record_generate(
     max_tokens: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    part_seconds: float | None = None,
     **generate: Any,
 ) -> Trace:
     """Let `model` continue every sequence of `batches`, and record the prompts (phase "prefill") and the generated
@@ -120,6 +121,7 @@ def record_generate(
         max_new_tokens, generate: handed to ``model.generate``; greedy unless they say otherwise.
         batches: as for `record`, but padded on the left.
         max_tokens: start no further batch once there are so many rows.
+        part_seconds: write what there is whenever its first row has waited so long, for who watches; see `TraceWriter`.
 
     Other arguments and errors are those of `record`; also
 
@@ -127,7 +129,7 @@ def record_generate(
         ConfigError: padding on the right, or several beams or sequences for one prompt.
     """
     describe = {"name": name, "fingerprint": fingerprint, "tokenizer": tokenizer, "data": data, "domains": domains}
-    run = Run(model, Path(out), logits, gate_inputs, dropped, progress, describe)
+    run = Run(model, Path(out), logits, gate_inputs, dropped, progress, describe, part_seconds)
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate}
     ends = settings.get("eos_token_id", model.generation_config.eos_token_id)
     with run.open(resume=False, overwrite=overwrite):

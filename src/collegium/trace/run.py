@@ -47,10 +47,11 @@ class Run:
         dropped: bool,
         progress: Progress | None,
         describe: Mapping[str, Any],
+        part_seconds: float | None = None,
     ) -> None:
         if not 0 <= gate_inputs <= 1:
             raise ConfigError(f"gate_inputs is a share of the tokens, between 0 and 1, not {gate_inputs}")
-        self.model, self.out, self.progress = model, out, progress
+        self.model, self.out, self.progress, self.part_seconds = model, out, progress, part_seconds
         self.logits, self.gate_inputs, self.dropped = logits, gate_inputs, dropped
         self.view = "gate" if gate_inputs else "experts"
         self.meta = _meta(model, logits, gate_inputs > 0, dropped, **describe)
@@ -73,7 +74,7 @@ class Run:
         self.model.eval()
         try:
             with (
-                TraceWriter(self.out, self.meta, resume=stored) as self.writer,
+                TraceWriter(self.out, self.meta, resume=stored, part_seconds=self.part_seconds) as self.writer,
                 tap(self.model, self, logits=self.logits),
                 torch.no_grad(),
             ):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import queue
 import re
 import threading
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -107,6 +108,8 @@ class TraceWriter:
         meta: description; ``complete``, ``tokens`` and ``parts`` are filled in by the writer.
         resume: the trace in `folder`, to be continued; its meta must agree with `meta`.
         part_rows: rows of a part.
+        part_seconds: close a part that holds rows for so long, even if it is short, so that who reads along is not kept
+            waiting; None waits for `part_rows`.
 
     Raises:
         StorageError: a part could not be written; earlier parts stay readable.
@@ -114,9 +117,16 @@ class TraceWriter:
     """
 
     def __init__(
-        self, folder: Path, meta: TraceMeta, *, resume: Trace | None = None, part_rows: int = PART_ROWS
+        self,
+        folder: Path,
+        meta: TraceMeta,
+        *,
+        resume: Trace | None = None,
+        part_rows: int = PART_ROWS,
+        part_seconds: float | None = None,
     ) -> None:
-        self.folder, self.part_rows = folder, part_rows
+        self.folder, self.part_rows, self.part_seconds = folder, part_rows, part_seconds
+        self._begun = 0.0  # when the first of the rows at hand came
         self.schema = arrow_schema(meta)
         self.rows = 0  # in this folder, earlier runs included
         self._parts = 0
@@ -193,10 +203,12 @@ class TraceWriter:
                     f"gate_input_{entry.layer}", ends, rows.gate_input, mask=~sampled
                 )
         batch = pa.RecordBatch.from_arrays([columns[name] for name in self.schema.names], schema=self.schema)
+        if not self._held_rows:
+            self._begun = time.monotonic()
         self._batches.append(batch)
         self._held_rows += N
         self._held_bytes += batch.nbytes
-        self._flush(everything=False)
+        self._flush(everything=self.part_seconds is not None and time.monotonic() - self._begun >= self.part_seconds)
 
     def _lists(self, name: str, offsets: Array, values: Array, mask: Array | None = None) -> pa.ListArray:
         kind = self.schema.field(name).type

@@ -1,6 +1,20 @@
 """Importance scores: pure functions of the statistics that say what each expert is worth."""
 
-from collegium.compress.importance import counts, norms
+from __future__ import annotations
+
+from collegium.compress.importance import counts, gradients, norms, votes
+from collegium.compress.importance.advice import Advice, advise
 from collegium.compress.importance.registry import Importance, find_importance, importance, importances
 
-__all__ = ["Importance", "counts", "find_importance", "importance", "importances", "norms"]
+__all__ = [
+    "Advice",
+    "Importance",
+    "advise",
+    "counts",
+    "find_importance",
+    "gradients",
+    "importance",
+    "importances",
+    "norms",
+    "votes",
+]

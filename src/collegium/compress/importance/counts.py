@@ -12,7 +12,7 @@ from collegium.compress.importance.registry import importance
 from collegium.measure.statistics import Statistics
 from collegium.rng import generator
 
-__all__ = ["frequency", "random", "router_probability", "tcess", "weighted_frequency"]
+__all__ = ["dern", "frequency", "mc_smoe", "random", "router_probability", "tcess", "weighted_frequency", "z_code"]
 
 
 @importance("random", needs=(), paper="baseline")
@@ -22,10 +22,26 @@ def random(statistics: Statistics, layer: int, domain: str | None = None, *, see
     return torch.rand(E, dtype=torch.float64, generator=generator("importance", seed, layer))
 
 
-@importance("frequency", needs=("n",), paper="Z-code M3 (2021)", arxiv="2109.10465")
+@importance("frequency", needs=("n",), paper="baseline")
 def frequency(statistics: Statistics, layer: int, domain: str | None = None) -> Tensor:
     """``[E]`` tokens routed to each expert. Says little about a model that was trained with a strong balance loss."""
     return statistics.get(layer, "n", domain)
+
+
+@importance("z_code", needs=("n", "n_tokens"), paper="Z-code M3 (2021)", arxiv="2109.10465")
+def z_code(statistics: Statistics, layer: int, domain: str | None = None) -> Tensor:
+    """``[E]`` utilisation: the share of the tokens that is dispatched to each expert, in sum K. Inside a layer the
+    order is that of `frequency`."""
+    tokens = statistics.get(layer, "n_tokens", domain).clamp(min=1)
+    return statistics.get(layer, "n", domain) / tokens
+
+
+@importance("mc_smoe", needs=("n",), paper="MC-SMoE (2023)", arxiv="2310.01334")
+def mc_smoe(statistics: Statistics, layer: int, domain: str | None = None) -> Tensor:
+    """``[E]`` usage: each expert's share of the layer's assignments, in sum 1, so that layers compare. Inside a layer
+    the order is that of `frequency`."""
+    n = statistics.get(layer, "n", domain)
+    return n / n.sum().clamp(min=1)
 
 
 @importance("router_probability", needs=("p_sum", "n_tokens", "n"), paper="baseline")
@@ -35,10 +51,19 @@ def router_probability(statistics: Statistics, layer: int, domain: str | None = 
     return statistics.get(layer, "p_sum", domain) / tokens
 
 
-@importance("weighted_frequency", needs=("w_sum", "n"), paper="DERN (2025)", arxiv="2509.10377")
+@importance("weighted_frequency", needs=("w_sum", "n"), paper="REAP the Experts (2025)", arxiv="2510.13999")
 def weighted_frequency(statistics: Statistics, layer: int, domain: str | None = None) -> Tensor:
     """``[E]`` sum of the combine weights each expert was used with."""
     return statistics.get(layer, "w_sum", domain)
+
+
+@importance("dern", needs=("w_share_sum", "n_tokens", "n"), paper="DERN (2025)", arxiv="2509.10377")
+def dern(statistics: Statistics, layer: int, domain: str | None = None) -> Tensor:
+    """``[E]`` frequency times strength: the mean over all tokens of an expert's combine weight as a share of the
+    token's weights, in sum 1. Where the model renormalises its weights itself, the order is that of
+    `weighted_frequency`."""
+    tokens = statistics.get(layer, "n_tokens", domain).clamp(min=1)
+    return statistics.get(layer, "w_share_sum", domain) / tokens
 
 
 @importance("tcess", needs=("z_topk_sum", "n_tokens", "n"), paper="PreMoe (2025)", arxiv="2505.17639")

@@ -1,4 +1,4 @@
-"""Scores from what experts put out: the norms of their outputs ``y``, over the tokens that were routed to them.
+"""Scores from what experts put out: mostly norms of their outputs ``y``, over the tokens that were routed to them.
 
 Sums count an expert's use, means do not: which wins depends on how uneven the load is and on whether the plan is for
 one task or for all.
@@ -13,7 +13,7 @@ from torch import Tensor
 from collegium.compress.importance.registry import importance
 from collegium.measure.statistics import Statistics
 
-__all__ = ["ean_sum", "easy_ep", "man", "msan", "reap", "weighted_ean_sum"]
+__all__ = ["ean_sum", "easy_ep", "leave_one_out", "man", "max_activations", "msan", "reap", "weighted_ean_sum"]
 
 
 def _mean(statistics: Statistics, name: str, layer: int, domain: str | None) -> Tensor:
@@ -56,3 +56,18 @@ def easy_ep(statistics: Statistics, layer: int, domain: str | None = None) -> Te
     """``[E]`` sum of ``a w ||y||``, where `a` is how far the routed experts turn the token's residual stream. Meant for
     a few documents of one domain that hold the model's own answers."""
     return statistics.get(layer, "easy_sum", domain)
+
+
+@importance("max_activations", needs=("down_max", "n"), paper="REAP the Experts (2025)", arxiv="2510.13999")
+def max_activations(statistics: Statistics, layer: int, domain: str | None = None) -> Tensor:
+    """``[E]`` largest absolute value of y in any channel, what super experts are told by. REAP's code takes the largest
+    value, whatever its sign. Over all domains together only."""
+    return statistics.get(layer, "down_max", domain)
+
+
+@importance("leave_one_out", needs=("loo_mse", "n_tokens", "n"), paper="ModelOpt Puzzletron (2025)")
+def leave_one_out(statistics: Statistics, layer: int, domain: str | None = None) -> Tensor:
+    """``[E]`` mean over all tokens of the squared error that the routed output makes when an expert is left out and the
+    next best steps in: the error over the expert's own tokens, weighted by the share of tokens that it displaces."""
+    tokens = statistics.get(layer, "n_tokens", domain).clamp(min=1)
+    return statistics.get(layer, "loo_mse", domain) / tokens

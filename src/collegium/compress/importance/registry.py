@@ -52,11 +52,15 @@ class Importance:
         there = {entry.name for entry in statistics.meta.statistics}
         return [name for name in self.needs if name not in there]
 
+    def mixed(self, statistics: Statistics) -> list[str]:
+        """What of `needs` these statistics keep over all domains together only."""
+        return [entry.name for entry in statistics.meta.statistics if entry.name in self.needs and not entry.by_domain]
+
     def __call__(self, statistics: Statistics, layer: int, domain: str | None = None, **settings: Any) -> Tensor:
         """``[E]`` float64 scores, finite; larger is more valuable. Experts that no token reached score lowest.
 
         Raises:
-            ConfigError: the statistics lack something; the message names it and what gathers it.
+            ConfigError: the statistics lack something, or do not keep it by domain; the message names it.
         """
         if lacking := self.missing(statistics):
             raise ConfigError(
@@ -66,6 +70,13 @@ class Importance:
         if unknown := sorted(settings.keys() - self.settings.keys()):
             raise ConfigError(
                 f"importance {self.name!r} has no setting {unknown[0]!r}; it has {', '.join(self.settings) or 'none'}"
+            )
+        if domain is not None and statistics.meta.domains == (domain,):
+            domain = None
+        if domain is not None and (mixed := self.mixed(statistics)):
+            raise ConfigError(
+                f"importance {self.name!r} cannot be told for one domain: {', '.join(mixed)} is kept over all of them "
+                "together; combine the domains as 'pooled', or choose another score"
             )
         scores = self.function(statistics, layer, domain, **settings).double()
         if self.needs:

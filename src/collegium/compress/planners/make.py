@@ -13,8 +13,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from collegium._version import __version__
+from collegium.compress.grouping.registry import Grouping
 from collegium.compress.importance import find_importance
-from collegium.compress.plan import LayerPlan, Mtp, Plan
+from collegium.compress.importance.advice import advise
+from collegium.compress.merge.registry import find_merge
+from collegium.compress.plan import LayerPlan, Mtp, Operator, Plan, RouterEdit
 from collegium.compress.planners.choose import Choice, Planner, Protected
 from collegium.compress.planners.scores import Combine, LayerScores, layer_scores
 from collegium.compress.target import Target
@@ -36,9 +39,12 @@ def make_plan(
     combine: Combine = "sum",
     pins: Mapping[int, Iterable[int]] | None = None,
     protect_super_experts: bool = True,
+    grouping: Grouping | None = None,
+    operator: Operator | None = None,
+    router: RouterEdit | None = None,
     mtp: Mtp = "refuse",
 ) -> Plan:
-    """Decide which experts of a model are kept. Nothing is changed anywhere.
+    """Decide which experts of a model are kept, and what becomes of the others. Nothing is changed anywhere.
 
     Args:
         statistics: of the model, from a calibration pass.
@@ -49,13 +55,17 @@ def make_plan(
         combine: how they go together, see `Combine`.
         pins: layer -> experts that must be kept.
         protect_super_experts: keep the super experts, where the statistics can tell them.
+        grouping: which of the others join which kept one; they are dropped without.
+        operator: how the members of a group become one expert.
+        router: how the routers follow; by default only the kept experts' rows stay.
         mtp: what becomes of multi-token-prediction layers.
 
     Raises:
-        ConfigError: the statistics are of another model or lack something, the budget cannot be met, or a pin names no
-            expert.
+        ConfigError: the statistics are of another model or lack something, the budget cannot be met, a pin names no
+            expert, or there is an operator without a grouping where it needs one, or the other way round.
     """
     _check_same(statistics, target)
+    _check_merge(grouping, operator, statistics)
     score, settings = find_importance(importance), dict(settings or {})
     scores = [
         layer_scores(statistics, layer.layer, score, domains=domains, combine=combine, **settings)
@@ -65,6 +75,8 @@ def make_plan(
     supers, notes = _super_experts(statistics, protect_super_experts)
     protected = {one.layer: frozenset(pinned.get(one.layer, set()) | supers.get(one.layer, set())) for one in scores}
     layers = _layer_plans(scores, planner.choose(scores, target, protected), protected, target)
+    if operator is not None:
+        layers = _merge_plans(scores, layers, statistics, target, grouping)
     return Plan(
         model=target.model,
         fingerprint=target.fingerprint,
@@ -83,8 +95,15 @@ def make_plan(
         nbytes=target.nbytes,
         parameters=target.parameters,
         layers=layers,
+        operator=operator if any(one.op == "merge" for one in layers) else None,
+        router=router or RouterEdit(),
         mtp=mtp,
-        notes=(*_model_notes(layers, mtp, statistics, target), *notes, *_coverage_notes(scores, layers)),
+        notes=(
+            *_model_notes(layers, mtp, statistics, target),
+            *notes,
+            *_coverage_notes(scores, layers),
+            advise(statistics).text,
+        ),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         collegium=__version__,
     )
@@ -103,9 +122,55 @@ def _layer_plans(
             scores=tuple(one.share.tolist()),
             expert_nbytes=layer.expert_nbytes,
             expert_parameters=layer.expert_parameters,
+            intermediate_size=layer.intermediate_size,
+            neuron_nbytes=layer.neuron_nbytes,
+            neuron_parameters=layer.neuron_parameters,
         )
         for one, layer in zip(scores, target.layers, strict=True)
     )
+
+
+def _merge_plans(
+    scores: Sequence[LayerScores],
+    layers: Sequence[LayerPlan],
+    statistics: Statistics,
+    target: Target,
+    grouping: Grouping | None,
+) -> tuple[LayerPlan, ...]:
+    """The layers with their groups. A grouping may take other dominants than the planner, but as many."""
+    found = []
+    for one, layer in zip(scores, layers, strict=True):
+        if layer.op == "identity":
+            found.append(layer)
+            continue
+        changes: dict[str, Any] = {"op": "merge"}
+        if grouping is not None:
+            protected = frozenset(layer.protected)
+            groups = sorted(grouping.group(one, layer.keep, statistics, protected, target.groups))
+            changes |= {
+                "keep": tuple(group[0] for group in groups),
+                "groups": tuple(groups),
+                "weights": tuple(grouping.weights(one, group, statistics) for group in groups),
+            }
+        found.append(LayerPlan.model_validate({**dict(layer), **changes}))
+    return tuple(found)
+
+
+def _check_merge(grouping: Grouping | None, operator: Operator | None, statistics: Statistics) -> None:
+    if grouping is not None and operator is None:
+        raise ConfigError("a grouping needs an operator that makes one expert of a group; name a merge")
+    if operator is None:
+        return
+    merge = find_merge(operator.name, operator.settings)
+    if grouping is None and merge.needs_groups:
+        raise ConfigError(f"the merge {operator.name!r} makes one expert of a group; name a grouping")
+    there = {entry.name for entry in statistics.meta.statistics}
+    needs = (*merge.needs, *(grouping.needs if grouping is not None else ()))
+    if lacking := [need for need in needs if need not in there]:
+        raise ConfigError(
+            f"merging by {operator.name!r} needs {', '.join(lacking)}, which these statistics lack; calibrate again "
+            "for it"
+        )
 
 
 def statistics_checksum(statistics: Statistics) -> str:

@@ -168,10 +168,16 @@ def drops(results: Sequence[Any]) -> Figure | None:
         "position": np.concatenate([np.asarray(found.position) for found in results]),
         "ratio": np.concatenate(ratios),
     }
+    bounds = []
+    if all(found.interval is not None for found in results):
+        ends = np.concatenate([found.interval for found in results])
+        columns |= {"low": ends[:, 0], "high": ends[:, 1]}
+        bounds = [Readout("low", "95 % from", ".1%"), Readout("high", "95 % to", ".1%")]
     spec, readout = heat_map(
         Readout("position", "position in the sequence, from"),
         LAYER,
         Readout("ratio", "slots that stayed empty", ".1%"),
+        *bounds,
         rows=len(results),
         domain=(0.0, top_of(columns["ratio"], 0.01)),
     )

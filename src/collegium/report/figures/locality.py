@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from collegium.measure.estimate import Estimate
 from collegium.report.figure import Choice, Figure, Readout
-from collegium.report.figures._columns import number, plot_lines
+from collegium.report.figures._columns import Array, number, plot_lines
 
 __all__ = ["WHOLE", "cache", "consistency", "consistency_by_layer", "mean_curve", "num_experts"]
 
@@ -98,6 +99,31 @@ def mean_curve(curves: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
     return grid, rates
 
 
+def _mean_intervals(curves: Sequence[Any], grid: Array) -> dict[str, Array | None]:
+    """``[C, 2]`` intervals of `mean_curve`, by attribute of the curves; None where a layer has none.
+
+    They are the means of the layers' intervals. As all layers saw the same documents their rates go up and down
+    together, and if they did so exactly these would be right; else they are too wide, never too narrow.
+    """
+    requests = np.array([max(curve.requests, 1) for curve in curves], np.float64)
+    weight = requests / requests.sum()
+    found: dict[str, Array | None] = {}
+    for name in _POLICIES.values():
+        ends: list[Any] = [getattr(curve, f"{name}_interval", None) for curve in curves]
+        found[name] = None
+        if all(end is not None for end in ends):
+            pairs = zip(curves, ends, strict=True)
+            at_grid = [[np.interp(grid, _fraction(curve), end[:, side]) for side in (0, 1)] for curve, end in pairs]
+            found[name] = np.tensordot(weight, np.array(at_grid), 1).T
+    return found
+
+
+def _estimates(rates: Array, interval: Array | None) -> list[Any]:
+    if interval is None:
+        return [float(rate) for rate in rates]
+    return [Estimate(float(rate), *map(float, ends)) for rate, ends in zip(rates, interval, strict=True)]
+
+
 def _fraction(curve: Any) -> Any:
     return np.asarray(curve.capacity) / num_experts(curve)
 
@@ -111,9 +137,13 @@ def cache(curves: Sequence[Any], expert_bytes: int | None = None) -> Figure:
     """Hit rate against the part of a layer's experts that is kept in fast memory."""
     grid, rates = mean_curve(curves)
     total = sum(num_experts(curve) for curve in curves)
-    parts = [(WHOLE, grid, rates, grid * total)]
+    intervals = _mean_intervals(curves, grid)
+    parts = [(WHOLE, grid, {name: _estimates(rates[name], intervals[name]) for name in rates}, grid * total)]
     for curve in curves:
-        own = {name: getattr(curve, name) for name in _POLICIES.values()}
+        own = {
+            name: _estimates(getattr(curve, name), getattr(curve, f"{name}_interval", None))
+            for name in _POLICIES.values()
+        }
         parts.append((curve.layer, _fraction(curve), own, np.asarray(curve.capacity)))
     kinds = {
         kind: [pair for _, fraction, hits, _ in parts for pair in zip(fraction, hits[name], strict=True)]
@@ -142,8 +172,15 @@ def cache(curves: Sequence[Any], expert_bytes: int | None = None) -> Figure:
     )
     caption = (
         "A request is one expert of one token. First touches count as misses. SCH looks a few tokens ahead: what a "
-        "good prefetcher could reach."
+        "good prefetcher could reach. "
     )
+    lru = intervals["lru"]
+    if lru is None:
+        caption += "There are no intervals: they need several documents."
+    else:
+        low, high = (float(np.interp(0.5, grid, lru[:, side])) for side in (0, 1))
+        alt += f" The 95 % interval of least recently used is {low:.1%} to {high:.1%}."
+        caption += "Bands: 95 % intervals over documents; of all layers the mean of theirs, at the most too wide."
     labels = ("all layers", *(f"layer {curve.layer}" for curve in curves))
     choice = Choice("layer", "layer", (WHOLE, *(curve.layer for curve in curves)), labels)
     return Figure("cache", "What a cache of experts would serve", caption, alt, spec, columns, (choice,))

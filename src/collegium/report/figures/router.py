@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from collegium.report.figure import Figure, Readout
-from collegium.report.figures._columns import number, plot_lines
+from collegium.report.figures._columns import many, number, plot_lines
 
-__all__ = ["confidence", "congestion", "margin", "needed", "predictability", "recalls"]
+__all__ = ["changed", "confidence", "congestion", "margin", "needed", "predictability", "recalls"]
 
 
 def confidence(results: Sequence[Any]) -> Figure:
@@ -59,6 +59,25 @@ def needed(results: Sequence[Any]) -> Figure:
     spec, columns = plot_lines(kinds, Readout("experts", "experts, mean over tokens", ".1f"))
     caption = "Lines far below the number of experts a token uses: fewer would do for most tokens."
     return Figure("needed", "How many experts a token needs", caption, alt, spec, columns)
+
+
+def changed(results: Sequence[Any]) -> Figure | None:
+    """Part of the tokens that another number of experts would change; None if there is no other number."""
+    numbers = sorted({k for found in results for k in found.changed_by_k})
+    if not numbers:
+        return None
+    kinds = {
+        f"with {many(k, 'expert')}": [(f.layer, f.changed_by_k[k]) for f in results if k in f.changed_by_k]
+        for k in numbers
+    }
+    mean = {kind: float(np.mean([number(value) for _, value in pairs])) for kind, pairs in kinds.items()}
+    alt = "Tokens that would change, mean over layers: " + ", ".join(f"{mean[kind]:.0%} {kind}" for kind in kinds) + "."
+    spec, columns = plot_lines(kinds, Readout("changed", "tokens that would change", ".0%"), top=1.0)
+    caption = (
+        "If every token had so many experts, the likeliest ones, instead of the model's: part of the tokens of which "
+        "more than 5 % of the combine weight would move. Low with fewer experts: most tokens could do with less."
+    )
+    return Figure("changed-by-k", "What another number of experts would change", caption, alt, spec, columns)
 
 
 def recalls(results: Sequence[Any]) -> tuple[int, dict[str, float]]:

@@ -11,14 +11,14 @@ from collegium.measure.specialisation import DomainInformation
 from collegium.report.figure import DIVERGING, Figure, Readout, heat_map
 from collegium.report.figures._columns import cells, layer_choice, number, plot_lines
 
-__all__ = ["domain_bits", "domain_map", "token_bits"]
+__all__ = ["domain_bits", "domain_map", "excess", "favourites", "token_bits"]
 
 _REACH = 3.0  # a domain that uses an expert 8 times as often as domains do on average has the last colour
 
 
 def domain_map(information: Sequence[DomainInformation]) -> Figure:
     """Domain x expert of a chosen layer: how much more or less often than on average a domain uses an expert."""
-    best = max(information, key=lambda found: number(found.bits))
+    best = max(information, key=excess)
     ordered = [best, *(found for found in information if found is not best)]
     columns: dict[str, Any] = dict(
         cells(((f.layer, f.share) for f in information), ("layer", "row", "expert", "share"))
@@ -44,6 +44,11 @@ def domain_map(information: Sequence[DomainInformation]) -> Figure:
     )
     title, choices = "Which experts serve which domain", (layer_choice(layers),)
     return Figure("domains", title, caption, _domain_words(best), spec, columns, choices, readout)
+
+
+def excess(found: DomainInformation) -> float:
+    """Bits about the domain beyond the shuffled control, by which layers are compared."""
+    return number(found.bits) - found.control
 
 
 def _lift(share: Any) -> Any:
@@ -76,11 +81,11 @@ def domain_bits(information: Sequence[DomainInformation]) -> Figure:
         "measured": [(found.layer, found.bits) for found in information],
         "labels shuffled over documents": [(found.layer, found.control) for found in information],
     }
-    best = max(information, key=lambda found: number(found.bits))
+    best = max(information, key=excess)
     beats = sum(number(found.bits) > found.control_high for found in information)
     alt = (
-        f"Layer {best.layer} tells most about the domain: {number(best.bits):.3f} bits, {best.control:.3f} with "
-        f"shuffled labels. {beats} of {len(information)} layers exceed every shuffle."
+        f"Beyond chance layer {best.layer} tells most about the domain: {number(best.bits):.3f} bits, "
+        f"{best.control:.3f} with shuffled labels. {beats} of {len(information)} layers exceed every shuffle."
     )
     spec, columns = plot_lines(kinds, Readout("bits", "bits", ".2f"))
     caption = "Mutual information of the domain of a token and its expert. Only what exceeds the control is structure."

@@ -2,6 +2,7 @@
 
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const NARROW = 480; // pixels; below, the names of the lines stand under one another
+const PAPER = 660; // pixels; width of a plot in print, where one of the screen's width would have tiny letters
 
 class Plot {
   constructor(element, figure, columns, config) {
@@ -43,14 +44,15 @@ class Plot {
     return rows;
   }
 
-  async draw() {
+  /** Draw as the screen asks for, or for `paper`: light, and as wide as a page. */
+  async draw(paper = false) {
     const drawn = this.rows();
     this.index(drawn);
-    const config = this.config[theme.name];
-    const columns = this.place.clientWidth < NARROW ? 1 : config.legend.columns;
+    const config = this.config[paper ? "light" : theme.name];
+    const columns = !paper && this.place.clientWidth < NARROW ? 1 : config.legend.columns;
     const spec = {
       ...this.figure.spec,
-      width: "container",
+      ...(paper ? { width: PAPER, autosize: { type: "fit-x", contains: "padding" } } : { width: "container" }),
       config: { ...config, legend: { ...config.legend, columns } },
       data: { name: "table", values: drawn },
     };
@@ -139,4 +141,7 @@ async function drawFigures(meta) {
   };
   await drawAll();
   theme.changed.push(drawAll);
+  // nothing in a drawing waits for the network or a clock, so all of it is done before the pages are laid out
+  addEventListener("beforeprint", () => plots.forEach((plot) => plot.draw(true)));
+  addEventListener("afterprint", drawAll);
 }

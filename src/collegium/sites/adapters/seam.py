@@ -15,7 +15,7 @@ from collegium.sites.names import Names, saved_names
 if TYPE_CHECKING:
     from collegium.sites.site import Site
 
-__all__ = ["Seam"]
+__all__ = ["Seam", "slots"]
 
 
 class Seam(Adapter):
@@ -46,7 +46,7 @@ class Seam(Adapter):
 
     def write(self, site: Site, call: Call, gate_output: Any, before: Routing, after: Routing) -> Any:
         x, index, weight = call[:3]
-        new_index, new_weight = _slots(after, sentinel=_skips_sentinels(site.experts))
+        new_index, new_weight = slots(after, sentinel=_skips_sentinels(site.experts))
         return (x, new_index.to(index.dtype), new_weight.to(weight.dtype), *call[3:])
 
     def names(self, model: nn.Module, path: str, experts: nn.Module) -> Names:
@@ -58,7 +58,7 @@ def _skips_sentinels(experts: Any) -> bool:
     return implementation == "collegium" and not getattr(experts, "_is_expert_parallel", False)
 
 
-def _slots(routing: Routing, sentinel: bool) -> tuple[Tensor, Tensor]:
+def slots(routing: Routing, sentinel: bool) -> tuple[Tensor, Tensor]:
     """``[T, K]`` index and weight with at least one slot.
 
     Only our own compute leaves sentinel slots out; transformers' back ends would read past the last expert. For them an

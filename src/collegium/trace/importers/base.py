@@ -17,6 +17,7 @@ import numpy as np
 from collegium._version import __version__
 from collegium.errors import ConfigError, TraceError
 from collegium.models.checkpoint import open_checkpoint
+from collegium.models.families import lookup
 from collegium.models.summary import summarize
 from collegium.trace.reader import Trace
 from collegium.trace.run import check_target
@@ -31,6 +32,7 @@ __all__ = [
     "Known",
     "ModelFacts",
     "Recording",
+    "checked_files",
     "checked_rows",
     "import_trace",
     "importer",
@@ -55,6 +57,7 @@ class ModelFacts:
     Attributes:
         layers: number of the decoder layer -> its entry.
         num_layers: decoder layers, dense ones included.
+        hidden_size, intermediate_size: d, and f of an expert; 0 where config and headers do not tell.
     """
 
     name: str
@@ -62,6 +65,8 @@ class ModelFacts:
     fingerprint: str | None
     layers: dict[int, LayerMeta]
     num_layers: int
+    hidden_size: int = 0
+    intermediate_size: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,17 +157,28 @@ def import_trace(
         ConfigError: no such format, no files, or something must be known that is not.
         TraceError: a file is damaged or not of that format, and names it and the field; or `out` holds a trace.
     """
+    paths, known, out = checked_files(format, files), known or Known(), Path(out)
+    check_target(out, resume=False, overwrite=overwrite)
+    recording = IMPORTERS[format].read(paths, known)
+    return write_recording(recording, out, known, f"{format}: {', '.join(path.name for path in paths)}")
+
+
+def checked_files(format: str, files: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """`files` as paths, after a look whether the format is known and they are there.
+
+    Raises:
+        ConfigError: no such format, or no files.
+        TraceError: one is not a file.
+    """
     if format not in IMPORTERS:
         raise ConfigError(f"no importer is named {format!r}; there are {', '.join(sorted(IMPORTERS))}")
-    paths, known, out = [Path(file) for file in files], known or Known(), Path(out)
+    paths = [Path(file) for file in files]
     if not paths:
         raise ConfigError("name at least one file to import")
     for path in paths:
         if not path.is_file():
             raise TraceError(f"{path} is not a file")
-    check_target(out, resume=False, overwrite=overwrite)
-    recording = IMPORTERS[format].read(paths, known)
-    return write_recording(recording, out, known, f"{format}: {', '.join(path.name for path in paths)}")
+    return paths
 
 
 def write_recording(recording: Recording, out: Path, known: Known, source: str) -> tuple[Trace, list[str]]:
@@ -226,12 +242,15 @@ def read_model_facts(folder: str | os.PathLike[str], name: str | None = None) ->
             score=summary.score or "unknown",
         )
     complete = bool(checkpoint.tensors) and not checkpoint.missing
+    hidden_size = lookup(checkpoint.config, "hidden_size")
     return ModelFacts(
         name=name or str(folder),
         family=summary.family,
         fingerprint=checkpoint.fingerprint if complete else None,
         layers=layers,
         num_layers=summary.num_layers,
+        hidden_size=hidden_size if isinstance(hidden_size, int) else 0,
+        intermediate_size=summary.expert_width or 0,
     )
 
 

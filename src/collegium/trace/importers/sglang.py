@@ -37,13 +37,13 @@ from collegium.trace.importers.base import (
 )
 from collegium.trace.schema import LayerMeta
 
-__all__ = ["load_tensors", "read_sglang"]
+__all__ = ["MOVED", "is_moved", "load_tensors", "physical_map", "read_sglang"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _EXTEND, _DECODE, _IDLE = 1, 2, 4  # values of SGLang's ForwardMode
 _PER_TOKEN = "record again with --expert-distribution-recorder-mode per_token"
-_MOVED = "if experts were rearranged while recording, ids before that are wrong: the file has only the last map"
+MOVED = "if experts were rearranged while recording, ids before that are wrong: the file has only the last map"
 _UNKNOWN_REQUESTS = "requests were not recorded: tokens were joined to sequences by position"
 
 
@@ -60,7 +60,7 @@ class _Survey:
     unsure: int
 
 
-@importer("sglang", reads="expert-distribution recorder files (.pt) of per_token mode, one a rank")
+@importer("sglang", reads="expert-distribution recorder files (.pt), of per_token mode one a rank")
 def read_sglang(files: Sequence[Path], known: Known) -> Recording:
     """See the module."""
     found = _survey(files)
@@ -80,7 +80,7 @@ def read_sglang(files: Sequence[Path], known: Known) -> Recording:
     if found.repeated:
         notes.append(f"{found.repeated} forwards that several ranks recorded alike were taken once")
     if found.moved:
-        notes.append(_MOVED)
+        notes.append(MOVED)
     return Recording(entries, _blocks(files, found, used, entries), notes=notes)
 
 
@@ -104,22 +104,42 @@ def _records(path: Path) -> tuple[list[dict[str, Any]], Array]:
     """``(records, map [L, P])`` of one file."""
     data = load_tensors(path)
     if "logical_count" in data:
-        raise TraceError(f"{path} holds counts ('logical_count'), and a trace needs every token: {_PER_TOKEN}")
+        raise TraceError(
+            f"{path} holds counts ('logical_count'), which import_statistics reads; a trace needs every token: "
+            f"{_PER_TOKEN}"
+        )
     records = data.get("records")
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise TraceError(f"{path}: field 'records' must be a list of dicts")
     if any("topk_ids_of_layer" not in record for record in records):
         raise TraceError(f"{path}: field 'topk_ids_of_layer' is missing, as in per_pass mode: {_PER_TOKEN}")
+    return records, physical_map(data, path)
+
+
+def physical_map(data: dict[str, Any], path: Path) -> Array:
+    """``[L, P]`` the logical expert in each slot, from the content of a file.
+
+    Raises:
+        TraceError: it is missing, or does not place every expert.
+    """
     where = f"{path}: field 'last_physical_to_logical_map'"
     if "last_physical_to_logical_map" not in data:
-        raise TraceError(f"{where} is missing")
+        raise TraceError(
+            f"{where} is missing, without which slots cannot be told apart from experts; record again in one of the "
+            "modes stat (counts of experts) or per_token (with the map)"
+        )
     table = whole_numbers(data["last_physical_to_logical_map"], where)
     if table.ndim != 2 or not table.size:
         raise TraceError(f"{where} must be [layers, slots], not {list(table.shape)}")
     for row, slots in enumerate(table):
         if not np.array_equal(np.unique(slots), np.arange(slots.max() + 1)):
             raise TraceError(f"{where}: row {row} does not place every expert from 0 to {slots.max()}")
-    return records, table
+    return table
+
+
+def is_moved(table: Array) -> bool:
+    """Whether ``table [L, P]`` is not the trivial map, of slots taken in turn."""
+    return not np.array_equal(table, np.arange(table.shape[1]) % (table.max(1, keepdims=True) + 1))
 
 
 def _physical(record: dict[str, Any], where: str, layers: int) -> tuple[Array, Array, Array]:
@@ -144,9 +164,7 @@ def _survey(files: Sequence[Path]) -> _Survey:
         records, table = _records(path)
         if first_map is None or found is None:
             first_map, L = table, len(table)
-            trivial = np.arange(table.shape[1]) % (table.max(1, keepdims=True) + 1)
-            moved = not np.array_equal(table, trivial)
-            found = _Survey(np.zeros(L, bool), 0, (table.max(1) + 1).tolist(), {}, moved, 0, 0)
+            found = _Survey(np.zeros(L, bool), 0, (table.max(1) + 1).tolist(), {}, is_moved(table), 0, 0)
         if not np.array_equal(table, first_map):
             raise TraceError(f"{path}: field 'last_physical_to_logical_map' is not that of {files[0]}")
         chain = _Chain(fresh)
