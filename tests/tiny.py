@@ -14,8 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -26,7 +28,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
-__all__ = ["SEAM", "seam_model_type", "tiny_config", "tiny_inputs", "tiny_model"]
+__all__ = [
+    "SEAM", "SINCE", "families", "needs", "seam_model_type", "tiny_config", "tiny_inputs", "tiny_model",
+]  # fmt: skip
 
 _DECORATED = re.compile(r"^@use_experts_implementation.*\nclass (\w+)", re.MULTILINE)
 SEAM = [
@@ -35,6 +39,17 @@ SEAM = [
     for experts_class in _DECORATED.findall(file.read_text(encoding="utf-8"))
 ]
 """(family folder, class name) of every experts class behind transformers' experts interface, found in its source."""
+
+SINCE = {
+    "deepseek_v32": "5.11", "diffusion_gemma": "5.11", "minimax_m3_vl": "5.12",
+    "granitemoe": "5.13", "granitemoehybrid": "5.13", "granitemoeshared": "5.13",
+    "mimo_v2_flash": "5.13", "zaya": "5.13",
+    "inkling": "5.14", "axk1": "5.15", "axk2": "5.15", "granitemoe_swa": "5.15", "qwen4_exp": "5.16",
+    "glm5_next": "5.17", "hy_v4": "5.17", "kimi_linear": "5.17", "aria": "5.18",
+    "bailing_hybrid": "5.20", "kolibri1": "5.20", "muse_spark": "5.20", "unlimited_ocr": "5.20",
+    "beam": "5.21", "flint": "5.21", "mistral_large4": "5.22", "dots3_note": "5.23", "inkling2": "5.23",
+}  # fmt: skip
+"""Family folder -> the release of transformers that put its experts behind the interface, if it was after 5.10."""
 
 SMALL: dict[str, Any] = {
     # widths
@@ -76,10 +91,12 @@ FAMILY: dict[str, dict[str, Any]] = {
     "beam": DENSE_THEN_SPARSE,
     "deepseek_v4": {"num_key_value_heads": 1, "head_dim": 16, "o_groups": 2, "o_lora_rank": 8, "hc_sinkhorn_iters": 2,
                     "num_hidden_layers": 2, "mlp_layer_types": ["hash_moe", "moe"]},
-    "diffusion_gemma_text": GEMMA,
+    "diffusion_gemma_text": GEMMA | {"num_global_key_value_heads": 2},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dots3_note_text": DENSE_THEN_SPARSE | {"per_layer_config": {}},
-    "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
+    # before, transformers has no forward with groups that works
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"
+                    if Version(transformers.__version__) >= Version("5.13") else "greedy"},
     "deepseek_ocr2_text": DENSE_THEN_SPARSE | {"num_experts_per_tok": 2},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [16, 8], "rope_parameters": {
         "rope_type": "default", "rope_theta": 500000.0, "mrope_section": [1, 1, 2]}} | DENSE_THEN_SPARSE,
@@ -87,8 +104,9 @@ FAMILY: dict[str, dict[str, Any]] = {
     "gemma4_text": GEMMA | {"enable_moe_block": True},
     "glm4v_moe_text": {"rope_parameters": {
         "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0, "mrope_section": [1, 1, 2]}},
-    "glm5_next_text": DENSE_THEN_SPARSE | LINEAR | {"qk_rope_head_dim": 0, "head_dim": 0,
-        "layer_types": ["linear_attention", "indexed_attention"], "index_kpool": 2, "hc_sinkhorn_iters": 2},
+    "glm5_next_text": DENSE_THEN_SPARSE | HYBRID | LINEAR | {
+        "qk_rope_head_dim": 0, "head_dim": 0, "index_kpool": 2, "hc_sinkhorn_iters": 2},
+    "glm_moe_dsa": DENSE_THEN_SPARSE,
     "granitemoehybrid": HYBRID | {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "inkling_text": RELATIVE | {"n_shared_experts": 2},
@@ -98,13 +116,13 @@ FAMILY: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mistral4": {"head_dim": 16},
     "muse_spark_text": {"moe_hidden_size": 16},
-    "nemotron_h": {"num_hidden_layers": None, "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+    "nemotron_h": {"num_hidden_layers": None, "hybrid_override_pattern": "ME*E",
                    "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "chunk_size": 8},
     "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "qwen3_5_moe_text": HYBRID | DELTA,
     "qwen3_next": HYBRID | DELTA,
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 16},
-    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"]} | DELTA | {
+    "qwen4_exp_text": HYBRID | DELTA | {
         "hc_count": 2, "hc_lowrank": 8, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
         "indexer_budget": 8, "indexer_compress_ratio": 4},
     "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "router_jitter_noise": 0.0},
@@ -187,6 +205,22 @@ def tiny_inputs(model: PreTrainedModel, batch: int = 2, length: int = 12, seed: 
     vocabulary = model.config.get_text_config().vocab_size
     names = ["input_ids", "decoder_input_ids"] if model.config.is_encoder_decoder else ["input_ids"]
     return {name: torch.randint(3, vocabulary, (batch, length), generator=generator) for name in names}
+
+
+def families(*model_types: str) -> list[Any]:
+    """`model_types` for ``parametrize``; those that this release of transformers lacks are skipped by name."""
+    return [pytest.param(model_type, marks=needs(model_type), id=model_type) for model_type in model_types]
+
+
+def needs(model_type: str) -> pytest.MarkDecorator:
+    """Skips a test where transformers is older than what it has to have for `model_type`."""
+    # Step-3.5 and 3.7 are outside the interface
+    came = {"": "5.10", "step3p": "5.16", **SINCE}
+    since = came[max((name for name in came if model_type.startswith(name)), key=len)]
+    return pytest.mark.skipif(
+        Version(transformers.__version__) < Version(since),
+        reason=f"{model_type} needs transformers {since}: before, it is not there or not behind the experts interface",
+    )
 
 
 @cache

@@ -16,7 +16,7 @@ from collegium.errors import UnsupportedFamilyError
 from collegium.measure import site_batch
 from collegium.measure.super_experts import DownMax
 from collegium.sites import sites, tap
-from tiny import tiny_model
+from tiny import families, tiny_model
 
 VALID = torch.cat([batch["attention_mask"].flatten().bool() for batch in batches()])
 DOMAIN = torch.cat([batch["domain"][:, None].expand(2, 10).flatten() for batch in batches()])
@@ -57,7 +57,9 @@ def first_block(model: Any) -> list[torch.Tensor]:
     return [one.reshape(20, -1) for one in seen]
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "mixtral", "gpt_oss", "granitemoe", "minimax_m2", "phimoe"])
+@pytest.mark.parametrize(
+    "family", families("qwen3_moe", "olmoe", "mixtral", "gpt_oss", "granitemoe", "minimax_m2", "phimoe")
+)
 def test_an_expert_left_out_is_one_that_the_model_does_not_have(family: str) -> None:
     model = tiny_model(family).eval()
     site = sites(model)[0]

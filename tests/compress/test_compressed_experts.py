@@ -19,7 +19,7 @@ from collegium.models import MoEConfig, install, load
 from collegium.routing import Routing
 from collegium.sites import Site, sites, tap
 from pruning import logits, plan_of, saved
-from tiny import tiny_inputs, tiny_model
+from tiny import families, tiny_inputs, tiny_model
 
 FAMILIES = ["qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "muse_spark_text"]
 
@@ -42,7 +42,7 @@ def model_of(family: str, K: int = 4) -> Any:
     return tiny_model(family, num_experts_per_tok=K, **name)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(*FAMILIES))
 @pytest.mark.parametrize("n_ce", [1, 3])
 def test_at_first_it_is_a_lower_k(family: str, n_ce: int) -> None:
     model = model_of(family)

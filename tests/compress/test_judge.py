@@ -20,7 +20,7 @@ from collegium.errors import ConfigError, DataError, NonFiniteError, PlanError
 from collegium.models.checkpoint import open_checkpoint
 from collegium.models.folder import load
 from pruning import plan_of, saved
-from tiny import tiny_model
+from tiny import families, tiny_model
 
 SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": 256}
 
@@ -82,7 +82,7 @@ def test_kl_and_top1_are_those_of_the_two_distributions() -> None:
     assert found.whole_proxies["loss/mean"] == pytest.approx(found.overall.whole_loss)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe"])
+@pytest.mark.parametrize("family", families("qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe"))
 def test_a_model_is_like_itself(family: str) -> None:
     model = model_of(family=family)
     found = found_for(model, against=model)

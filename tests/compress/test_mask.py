@@ -14,7 +14,7 @@ from collegium.compress.plan import Plan
 from collegium.errors import PlanError, UnsupportedFamilyError
 from collegium.routing import Routing
 from collegium.sites import Site, register, sites, tap
-from tiny import SEAM, correction_biases, seam_model_type, tiny_inputs, tiny_model
+from tiny import SEAM, correction_biases, families, seam_model_type, tiny_inputs, tiny_model
 
 KEPT = (0, 2, 5, 7)  # two of each routing group of four
 FEWER = {
@@ -83,7 +83,7 @@ def cut(model: Any, family: str) -> Any:
     return small
 
 
-@pytest.mark.parametrize("family", FEWER)
+@pytest.mark.parametrize("family", families(*FEWER))
 def test_a_mask_gives_the_logits_of_the_smaller_model(family: str) -> None:
     model = tiny_model(family)
     whole, small = logits_of(model), logits_of(cut(model, family))

@@ -34,7 +34,7 @@ from collegium.routing import Routing
 from collegium.sites import Site, register, sites, tap
 from collegium.trace import record
 from pruning import logits, plan_of, saved
-from tiny import tiny_inputs
+from tiny import families, tiny_inputs
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_hidden_layers": 3, "mlp_only_layers": [1]},
@@ -73,7 +73,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(*FAMILIES))
 def test_layers_of_several_sizes_compute_what_the_mask_does(tmp_path: Path, family: str) -> None:
     source = saved(tmp_path, family, **FAMILIES[family])
     plan = uneven(source)

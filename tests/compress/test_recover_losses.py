@@ -7,7 +7,7 @@ import torch
 
 from collegium.compress.recover import losses
 from collegium.compress.recover.losses import Distiller, Targets, token_losses
-from tiny import tiny_inputs, tiny_model
+from tiny import families, tiny_inputs, tiny_model
 
 
 def logits(rows: int = 7, vocabulary: int = 20, seed: int = 0) -> torch.Tensor:
@@ -56,7 +56,7 @@ def test_far_apart_distributions_give_finite_losses_and_gradients() -> None:
     assert bool(z.grad.isfinite().all())
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe"])  # the latter divides its logits
+@pytest.mark.parametrize("family", families("qwen3_moe", "granitemoe"))  # the latter divides its logits
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_loss_and_gradients_are_those_of_the_formula(
     family: str, share: float, monkeypatch: pytest.MonkeyPatch

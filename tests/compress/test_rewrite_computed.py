@@ -20,6 +20,7 @@ from collegium.measure.collect import weights_of
 from collegium.models.checkpoint import open_checkpoint
 from collegium.sites import sites
 from pruning import logits, plan_of, saved
+from tiny import families
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {},
@@ -85,7 +86,7 @@ def matrices(model: Any) -> list[list[dict[str, Tensor]]]:
     ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(*FAMILIES))
 def test_members_of_a_group_become_their_weighted_average(tmp_path: Path, family: str) -> None:
     source = saved(tmp_path, family, **FAMILIES[family])
     new = matrices(opened(apply_plan(merged(source), source, tmp_path / "out")))
@@ -112,7 +113,7 @@ def test_experts_stored_as_they_are_in_memory(tmp_path: Path, family: str) -> No
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe"])
+@pytest.mark.parametrize("family", families("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe"))
 def test_slimmer_experts_are_the_old_ones_with_those_neurons_silenced(tmp_path: Path, family: str) -> None:
     source = saved(tmp_path, family, **FAMILIES[family])
     plan = slim(source)

@@ -36,7 +36,7 @@ from collegium.measure.super_experts import DownMax
 from collegium.models import load
 from collegium.models.checkpoint import open_checkpoint
 from collegium.sites import register
-from tiny import tiny_model
+from tiny import families, tiny_model
 
 LENGTH = 10
 DOMAINS = ("code", "prose")
@@ -95,7 +95,7 @@ def assert_same(a: Statistics, b: Statistics) -> None:
         assert torch.equal(tensor, b.tensors[key]), key
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(*FAMILIES))
 def test_the_same_to_the_last_bit_as_the_whole_model(family: str, tmp_path: Path) -> None:
     source = folder_of(family, tmp_path)
     collectors = [DownMax(), OutputNorms(), OutputMean()]

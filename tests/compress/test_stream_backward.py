@@ -28,6 +28,7 @@ from collegium.measure.statistics import Statistics
 from collegium.measure.super_experts import DownMax
 from collegium.models import load
 from collegium.sites import Site, register, sites
+from tiny import families
 
 REFUSED = ("llama4_text",)
 GRADED = [HiddenGradients(), WeightGradients()]
@@ -118,7 +119,7 @@ def close(mine: Tensor, theirs: Tensor, where: str, rel: float = 1e-4) -> None:
     torch.testing.assert_close(mine, theirs, rtol=rel, atol=rel * 1e-2 * scale, msg=lambda m: f"{where}: {m}")
 
 
-@pytest.mark.parametrize("family", [one for one in FAMILIES if one not in REFUSED])
+@pytest.mark.parametrize("family", families(*(one for one in FAMILIES if one not in REFUSED)))
 def test_gradients_are_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
     source, data = folder_of(family, tmp_path), batches(2)
     found = run(source, tmp_path / "s", batches=data)
@@ -294,7 +295,7 @@ def test_one_layer_in_memory_at_a_time(model: Path, tmp_path: Path, monkeypatch:
     assert not [name for name, p in model_.named_parameters() if p.grad is not None or p.requires_grad]
 
 
-@pytest.mark.parametrize("family", REFUSED)
+@pytest.mark.parametrize("family", families(*REFUSED))
 def test_families_without_gradients_are_named_before_any_work(family: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedFamilyError, match=f"gradients of family {family!r}.*common seam"):
         run(folder_of(family, tmp_path), tmp_path / "s")

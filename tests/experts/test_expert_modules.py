@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,17 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from collegium.errors import ConfigError, UnsupportedFamilyError
 from collegium.experts.compute import compute
 from collegium.experts.from_module import expert_weights
 from collegium.experts.modules import Experts
 from collegium.routing.record import Routing
+from tiny import SEAM, families
 
 T, E, K = 19, 5, 2
 
@@ -31,28 +28,29 @@ CONFIG = {
     "_experts_implementation": "eager",
 }  # fmt: skip
 
-FAMILIES: dict[type[nn.Module], str | None] = {
-    Qwen3MoeExperts: "silu",
-    NemotronHExperts: "relu2",  # no gate
-    MuseSparkExperts: "silu",  # a norm after each expert
-    GptOssExperts: None,  # transposed, interleaved, biases, its own gate
-    DeepseekV4Experts: None,  # its own gate
+FAMILIES: dict[str, str | None] = {
+    "qwen3_moe": "silu",
+    "nemotron_h": "relu2",  # no gate
+    "muse_spark": "silu",  # a norm after each expert
+    "gpt_oss": None,  # transposed, interleaved, biases, its own gate
+    "deepseek_v4": None,  # its own gate
 }
-"""Class -> the activation that kernels may fuse."""
+"""Family -> the activation that kernels may fuse."""
 
 
-def _module(experts_class: type[nn.Module]) -> Any:
+def _module(family: str) -> Any:
     torch.manual_seed(0)
-    module = experts_class(SimpleNamespace(**CONFIG))
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    module = getattr(modeling, dict(SEAM)[family])(SimpleNamespace(**CONFIG))
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3)
     return module
 
 
 @pytest.mark.parametrize("backend", ["reference", "grouped", "cpu"])
-@pytest.mark.parametrize("experts_class", FAMILIES, ids=lambda c: c.__name__)
-def test_same_outputs_and_gradients_as_transformers(experts_class: type[nn.Module], backend: str) -> None:
-    module = _module(experts_class)
+@pytest.mark.parametrize("family", families(*FAMILIES))
+def test_same_outputs_and_gradients_as_transformers(family: str, backend: str) -> None:
+    module = _module(family)
     x, target = torch.randn(T, 32), torch.randn(T, 32)
     weight, index = torch.rand(T, E).topk(K)
     found: list[dict[str, Any]] = []
@@ -70,13 +68,11 @@ def test_same_outputs_and_gradients_as_transformers(experts_class: type[nn.Modul
         torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize(("experts_class", "fused"), FAMILIES.items(), ids=lambda c: getattr(c, "__name__", None))
-def test_layout_is_read_from_the_module_and_nothing_is_copied(
-    experts_class: type[nn.Module], fused: str | None
-) -> None:
-    module = _module(experts_class)
+@pytest.mark.parametrize("family", families(*FAMILIES))
+def test_layout_is_read_from_the_module_and_nothing_is_copied(family: str) -> None:
+    module = _module(family)
     weights = expert_weights(module)
-    assert weights.fused_activation == fused
+    assert weights.fused_activation == FAMILIES[family]
     assert weights.down is module.down_proj
     assert weights.num_experts == E
     assert weights.up_t.shape == (E, 32, 48 if weights.gated else 24)

@@ -17,7 +17,7 @@ from collegium.measure.redundancy import OutputCosine
 from collegium.measure.statistics import META, TENSORS, Entry, Statistics
 from collegium.measure.super_experts import DownMax
 from collegium.sites import Recorder, Site, sites, tap
-from tiny import tiny_model
+from tiny import families, tiny_model
 
 LENGTH = 10
 DOMAINS = ("code", "prose")
@@ -65,7 +65,9 @@ def run(model: Any, *collectors: Any, **settings: Any) -> Statistics:
     return collect(model, settings.pop("batches", batches()), collectors, domains=DOMAINS, name="tiny", **settings)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "granitemoe", "nemotron_h"])
+@pytest.mark.parametrize(
+    "family", families("qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "granitemoe", "nemotron_h")
+)
 def test_outputs_are_those_of_the_models_experts(family: str) -> None:
     model = tiny_model(family)
     spy, oracle = Spy(), []

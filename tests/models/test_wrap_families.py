@@ -10,7 +10,7 @@ from collegium.errors import ConfigError, UnsupportedFamilyError
 from collegium.layer import MoE, after_step, balance_losses, moe_layers
 from collegium.models import install
 from collegium.models.folder import unwrapped
-from tiny import SEAM, seam_model_type, tiny_inputs, tiny_model
+from tiny import SEAM, families, seam_model_type, tiny_inputs, tiny_model
 
 REFUSED = {
     "axk1": "post_mlp_layernorm",
@@ -65,7 +65,7 @@ def test_wrapping_changes_no_output_and_shares_every_parameter_or_refuses_by_nam
     assert moe_layers(model)
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "deepseek_v3", "ernie4_5_moe", "granitemoe"])
+@pytest.mark.parametrize("family", families("qwen2_moe", "gpt_oss", "deepseek_v3", "ernie4_5_moe", "granitemoe"))
 def test_a_wrapped_model_trains_with_our_balance(family: str) -> None:
     biased = family in ("deepseek_v3", "ernie4_5_moe")
     balance = BalanceConfig(load_balancing=0.1, z_loss=1e-3, bias_update_rate=0.01 if biased else 0)

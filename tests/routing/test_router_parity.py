@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from collegium.errors import ConfigError, UnsupportedFamilyError
 from collegium.routing import Router, RoutingContext, router_from_gate
 from collegium.routing.from_gate import FAMILIES
+from collegium.routing.weighing import Raw
 
 SMALL = {
     "vocab_size": 96,
@@ -83,6 +85,8 @@ def build(case: str, seed: int = 0) -> nn.Module:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SMALL, **settings})).eval()
     for gate, block in gates(model):
         spread(gate, block)
+        if case == "deepseek_v2-groups":
+            block.num_experts = 16  # read and not set by transformers before 5.13, where such models fail
     return model
 
 
@@ -90,7 +94,8 @@ def gates(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     found = []
     for block in model.modules():
         gate = getattr(block, "gate", None) or getattr(block, "router", None)
-        if gate is not None and hasattr(block, "experts"):
+        # GraniteMoE before transformers 5.13 has two modules in the place of experts
+        if gate is not None and (hasattr(block, "experts") or hasattr(block, "output_linear")):
             found.append((gate, block))
     return found
 
@@ -107,27 +112,34 @@ def spread(gate: nn.Module, block: nn.Module | None = None) -> None:
                     tensor.normal_(std=0.3)
 
 
-def used(model: nn.Module, tokens: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(x the gate saw, index and weight its experts got) for each MoE block in order."""
-    seen: list[list[torch.Tensor]] = []
-    hooks = []
-    for gate, block in gates(model):
-        seen.append([])
+Told = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""x, index and weight that a block gives to its experts."""
 
-        def at_gate(module, args, row=seen[-1]):
-            row.append(args[0].reshape(-1, args[0].shape[-1]).clone())
 
-        def at_experts(module, args, kwargs, row=seen[-1]):
-            index, weight = (*args, *kwargs.values())[1:3]
-            row.extend((index.clone(), weight.clone()))
+def used(module: nn.Module, *inputs: torch.Tensor) -> list[Told]:
+    """What the experts of each MoE block in `module` are told, in order, while it runs on `inputs`."""
+    seen: list[Told] = []
 
-        hooks.append(gate.register_forward_pre_hook(at_gate))
-        hooks.append(block.experts.register_forward_pre_hook(at_experts, with_kwargs=True))
+    def at_experts(module, args, kwargs):
+        seen.append(tuple(t.clone() for t in (*args, *kwargs.values())[:3]))
+
+    def at_grouping_gate(module, args, output):
+        slot, _, weight, size, _ = output
+        expert = torch.repeat_interleave(torch.tensor(size)).view(-1, 1)
+        index, weight = (torch.empty_like(t).scatter(0, slot[:, None], t) for t in (expert, weight[:, None]))
+        seen.append((args[0].clone(), index.view(-1, module.top_k), weight.view(-1, module.top_k)))
+
+    hooks = [
+        block.experts.register_forward_pre_hook(at_experts, with_kwargs=True)
+        if hasattr(block, "experts")
+        else gate.register_forward_hook(at_grouping_gate)
+        for gate, block in gates(module)
+    ]
     with torch.no_grad():
-        model(tokens)
+        module(*inputs)
     for hook in hooks:
         hook.remove()
-    return [tuple(row) for row in seen]
+    return seen
 
 
 def by_expert(index: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,29 +207,42 @@ def classes() -> dict[str, type[nn.Module]]:
     return found
 
 
+LOGITS_ONLY = {
+    "DeepseekV3", "DeepseekV32", "Dots1", "ExaoneMoe", "Glm4Moe", "Glm4MoeLite", "Glm4vMoeText", "GlmMoeDsa",
+    "HunYuanMoEV1", "Mistral4", "NemotronH", "SolarOpen",
+}  # fmt: skip
+"""In older releases the blocks of these decide; tests/models compares blocks of every family as a whole."""
+
+
 def test_every_known_family_routes_like_its_gate():
     """The gate class alone, built from a bag of settings, for all names in the table."""
     known = classes()
     assert len(known) > 30
     settings = SimpleNamespace(
-        hidden_size=32, num_experts_per_tok=4, moe_topk=4, topk_method="group_limited_greedy", norm_topk_prob=True,
-        n_group=4, topk_group=2, routed_scaling_factor=2.5, router_scaling_factor=2.5, route_scale=2.5,
-        num_experts=16, num_local_experts=16, moe_num_experts=16, n_routed_experts=16, use_expert_bias=True,
-        moe_norm_min=0.1, router_jitter_noise=0.2, input_jitter_noise=0.0,
+        hidden_size=32, num_experts_per_tok=4, moe_topk=4, moe_k=4, topk_method="group_limited_greedy",
+        norm_topk_prob=True, n_group=4, topk_group=2, routed_scaling_factor=2.5, router_scaling_factor=2.5,
+        route_scale=2.5, num_experts=16, num_local_experts=16, moe_num_experts=16, n_routed_experts=16,
+        use_expert_bias=True, moe_norm_min=0.1, router_jitter_noise=0.2, input_jitter_noise=0.0,
     )  # fmt: skip
     torch.manual_seed(0)
     x = torch.randn(2, 150, 32)
+    logits_only = set()
     for stem, cls in known.items():
         gate, block = cls(settings).eval(), nn.Module()
         block.e_score_correction_bias = block.expert_bias = nn.Buffer(torch.randn(16) / 5)
         spread(gate)
-        router = router_from_gate(gate, block=block)
-        from_block = (FAMILIES[stem].correction_bias or "").startswith("block.")
-        flat = x if stem == "Afmoe" else x.flatten(0, 1)
-        _, weight, index = gate(flat, block.expert_bias) if from_block else gate(flat)
-        routing = router(x.flatten(0, 1))
+        on_block = "bias" in " ".join(inspect.signature(cls.forward).parameters)
+        given = x if stem in ("Afmoe", *LOGITS_ONLY) else x.flatten(0, 1)
+        output = gate(given, block.expert_bias) if on_block else gate(given)
+        if isinstance(output, torch.Tensor):
+            logits_only.add(stem)
+            continue
+        index = next(t for t in output if not t.is_floating_point())
+        weight = next(t for t in output if t.is_floating_point() and t.shape == index.shape)
+        routing = router_from_gate(gate, block=block)(x.flatten(0, 1))
         ours, theirs = by_expert(routing.index_TK, routing.weight_TK), by_expert(index, weight)
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0, msg=lambda text, stem=stem: f"{stem}: {text}")
+    assert logits_only <= LOGITS_ONLY
 
 
 @pytest.mark.parametrize(
@@ -227,12 +252,65 @@ def test_same_experts_in_bfloat16(case):
     """Where the family multiplies in half precision, so must we, or near ties go the other way."""
     model = build(case).to(torch.bfloat16)
     gate, block = gates(model)[0]
-    x = torch.randn(400, 32, dtype=torch.bfloat16)
-    _, weight, index = gate(x)
+    ((x, index, weight),) = used(block, torch.randn(4, 100, 32, dtype=torch.bfloat16))
     routing = router_from_gate(gate, block=block)(x)
     ours, theirs = by_expert(routing.index_TK, routing.weight_TK), by_expert(index, weight.float())
     assert routing.weight.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, atol=4e-3, rtol=1e-2)
+
+
+class Lfm2MoeSparseMoeBlock(nn.Module):
+    """Named and made like LFM2-MoE's block before transformers 5.13, which decides for a plain Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top_k, self.norm_topk_prob, self.routed_scaling_factor, self.use_expert_bias = 3, True, 2.5, True
+        self.gate, self.expert_bias = nn.Linear(32, 8, bias=False), nn.Buffer(torch.randn(8) / 5)
+
+    def forward(self, x):
+        scores = self.gate(x).sigmoid()
+        index = (scores + self.expert_bias).topk(3).indices
+        weight = scores.gather(-1, index)
+        return index, 2.5 * weight / (weight.sum(-1, keepdim=True) + 1e-6)
+
+
+def test_a_block_may_decide_for_its_gate():
+    block, x = Lfm2MoeSparseMoeBlock(), torch.randn(300, 32)
+    routing = router_from_gate(block.gate, block=block)(x)
+    torch.testing.assert_close((routing.index_TK, routing.weight_TK), block(x))
+    with pytest.raises(UnsupportedFamilyError, match=r"gate Linear; .*pass block="):
+        router_from_gate(block.gate)
+    block.__class__ = type("Other", (Lfm2MoeSparseMoeBlock,), {"forward": lambda self, x: x})
+    with pytest.raises(UnsupportedFamilyError, match="gate Linear in Other"):
+        router_from_gate(block.gate, block=block)
+
+
+class DeepseekV3TopkRouter(nn.Module):
+    """Named and made like DeepSeek-V3's gate before transformers 5.13, which gives logits only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.e_score_correction_bias = nn.Parameter(torch.randn(8, 32)), nn.Buffer(torch.zeros(8))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+
+def test_what_a_gate_does_not_say_is_the_blocks():
+    gate, block = DeepseekV3TopkRouter(), nn.Module()
+    block.top_k, block.n_group, block.topk_group, block.routed_scaling_factor, block.norm_topk_prob = (
+        2,
+        4,
+        1,
+        3.0,
+        False,
+    )
+    router = router_from_gate(gate, block=block)
+    routing = router(torch.randn(50, 32))
+    assert (router.top_k, router.routed_scaling_factor, router.weigh) == (2, 3.0, Raw())
+    assert (routing.index_TK[:, 0] // 2 == routing.index_TK[:, 1] // 2).all(), "a token stays within its one group"
+    with pytest.raises(ConfigError, match="DeepseekV3TopkRouter gets its top_k from the MoE block"):
+        router_from_gate(gate)
 
 
 def test_subclass_with_its_own_forward_is_refused():

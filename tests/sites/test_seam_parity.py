@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from collegium.sites import register, seam
-from tiny import SEAM, seam_model_type, tiny_inputs, tiny_model
+from tiny import SEAM, SINCE, seam_model_type, tiny_inputs, tiny_model
 
 
 def run(model: PreTrainedModel, implementation: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -49,6 +51,8 @@ def test_same_outputs_and_gradients_as_eager(family: str, experts_class: str, mo
 
 def test_all_families_are_there() -> None:
     """A family that cannot be built fails above, by name; here, that the scan has not gone blind."""
-    families = {family for family, _ in SEAM}
-    assert {"mixtral", "olmoe", "deepseek_v3", "gpt_oss", "qwen3_moe", "granitemoe", "nemotron_h"} <= families
-    assert len(families) >= 60
+    found = {family for family, _ in SEAM}
+    installed = Version(transformers.__version__)
+    assert {"mixtral", "olmoe", "deepseek_v3", "gpt_oss", "qwen3_moe", "nemotron_h"} <= found
+    assert len(found - SINCE.keys()) >= 38
+    assert found & SINCE.keys() == {family for family, since in SINCE.items() if Version(since) <= installed}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from importer_files import LAYERS, PROMPTS, WRITERS, E, K, Run, assert_is, known
 from safetensors.torch import save_file
 
 from collegium.errors import ConfigError, TraceError
+from collegium.sites import sites
 from collegium.trace import record
 from collegium.trace.importers import Known, from_router_logits, import_trace
 from tiny import tiny_inputs, tiny_model
@@ -291,8 +293,11 @@ def test_router_logits_with_the_model_are_what_the_recorder_sees(tmp_path: Path,
     batch = {**inputs, "attention_mask": mask}
     asked = record(model, [batch], tmp_path / "recorded", logits=True)
     seen: list[torch.Tensor] = []
-    gates = [m for n, m in model.named_modules() if n.endswith((".gate", ".router")) and hasattr(m, "top_k")]
-    handles = [gate.register_forward_hook(lambda m, a, output: seen.append(output[0])) for gate in gates]
+
+    def keep(gate: torch.nn.Module, args: object, output: Any) -> None:
+        seen.append(output if isinstance(output, torch.Tensor) else output[0])
+
+    handles = [site.gate.register_forward_hook(keep) for site in sites(model)]
     with torch.no_grad():
         model(**batch)
     for handle in handles:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from collegium.errors import ConfigError, NonFiniteError, NotMoEError, TraceError, UnsupportedFamilyError
 from collegium.routing import Routing
-from collegium.sites import SwitchOff, sites, tap
+from collegium.sites import Site, SwitchOff, sites, tap
 from collegium.trace import LayerMeta, Trace, record, record_generate
 from collegium.trace.rows import layer_rows
-from tiny import tiny_model
+from tiny import families, tiny_model
 
 LENGTH = 10
 
@@ -39,23 +39,33 @@ def columns(trace: Trace) -> dict[str, Any]:
 
 
 class Oracle:
-    """Hooks on the gates themselves: ``(logits, weights, index)`` of every forward, padding included."""
+    """Hooks on gates and experts themselves: ``(logits, weights, index)`` of every forward, padding included."""
 
     def __init__(self, model: nn.Module) -> None:
         self.seen: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self.inputs: dict[int, list[Tensor]] = {}
         for site in sites(model):
-            site.gate.register_forward_hook(self.hook(site.layer))
+            self.hook(site)
 
-    def hook(self, layer: int):
-        def keep(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-            self.seen.setdefault(layer, []).append(tuple(t.detach().clone() for t in output))
-            self.inputs.setdefault(layer, []).append(args[0].detach().reshape(-1, args[0].shape[-1]).clone())
+    def hook(self, site: Site) -> None:
+        logits: list[Tensor] = []
 
-        return keep
+        def decide(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+            outputs = [output] if isinstance(output, Tensor) else output
+            logits.append(next(t for t in outputs if t.shape[-1] == site.num_experts).detach().clone())
+            self.inputs.setdefault(site.layer, []).append(args[0].detach().reshape(-1, args[0].shape[-1]).clone())
+
+        def told(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            _, index, weights = (t.detach().clone() for t in args)
+            self.seen.setdefault(site.layer, []).append((logits.pop(), weights, index))
+
+        site.gate.register_forward_hook(decide)
+        site.experts.register_forward_pre_hook(told)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "minimax_m2", "phimoe"])
+@pytest.mark.parametrize(
+    "family", families("qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "minimax_m2", "phimoe")
+)
 def test_a_trace_is_what_the_gates_gave_out(family, tmp_path):
     model = tiny_model(family)
     oracle = Oracle(model)

@@ -143,7 +143,7 @@ def cut_router(site: Site, keep: Sequence[int], *, trainable: bool = False) -> C
                 trained = trainable and tensor.requires_grad
                 put(tensors, name, nn.Parameter(fewer, trained) if tensors is module._parameters else fewer)
                 rows += tensor.dim() == 2 and axis == 0
-        if module is site.block:
+        if module is site.block and not hasattr(module, "route_tokens_to_experts"):
             continue  # its sizes are those of the experts
         for name in (*KEYS["num_experts"], "out_features"):
             if type(vars(module).get(name)) is int and vars(module)[name] == E:

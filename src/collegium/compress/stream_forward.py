@@ -24,8 +24,8 @@ from collegium.errors import UnsupportedFamilyError
 __all__ = ["Forward", "Part", "check_layers", "no_gradients"]
 
 _LAYER_INPUTS = frozenset({
-    "hidden_states", "attention_mask", "position_ids", "position_embeddings", "past_key_values", "use_cache",
-    "cache_position", "output_attentions", "output_router_logits", "conv_mask", "attention_scaling",
+    "hidden_states", "attention_mask", "position_ids", "position_embeddings", "past_key_values", "past_key_value",
+    "use_cache", "cache_position", "output_attentions", "output_router_logits", "conv_mask", "attention_scaling",
 })  # fmt: skip
 """What a decoder layer may take: all of it comes from the token ids, masks and positions. Anything else could come from
 an earlier layer, which does not run again."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ from collegium.sites.seam import NAME
 
 __all__ = ["LayerwiseModel"]
 
+# an argument without a default before transformers 5.16, gone since
+_TP_PLAN = {"tp_plan": None} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -173,7 +176,7 @@ class LayerwiseModel:
                     for file in sorted({infos[name].file for name in names})
                 }
                 slices = {name: files[infos[name].file].get_slice(name) for name in names}
-                return convert_and_load_state_dict_in_model(self.model, slices, self._loading)[0]
+                return convert_and_load_state_dict_in_model(self.model, slices, self._loading, **_TP_PLAN)[0]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"could not read {path!r} of {self.checkpoint.folder}: {error}") from error
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+import transformers
 from transformers import PreTrainedModel
 
 from collegium.balance import BalanceConfig
@@ -95,8 +96,8 @@ def _refuse_foreign_experts(model: PreTrainedModel) -> None:
     text = model.config.get_text_config()
     if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise UnsupportedFamilyError(
-            f"the experts of model type {family_of(model)!r} do not go through transformers' experts interface, so its "
-            "MoE blocks cannot be wrapped"
+            f"the experts of model type {family_of(model)!r} do not go through transformers' experts interface in "
+            f"transformers {transformers.__version__}, so its MoE blocks cannot be wrapped"
         )
 
 

@@ -84,9 +84,9 @@ def wrap_block(model: PreTrainedModel, block: Block) -> BlockMoE:
             f"{block.path} of model type {family!r} has no gate; looked for {', '.join(GATES)}"
         )
     router = router_from_gate(gate, block=native, config=config)
-    if not hasattr(gate, "routed_scaling_factor"):
+    if router.routed_scaling_factor == 1.0:
         # some blocks scale the routed sum themselves, which is the same as scaling every weight
-        router.routed_scaling_factor *= getattr(native, "routed_scaling_factor", 1.0)
+        router.routed_scaling_factor = getattr(native, "routed_scaling_factor", 1.0)
     moe = BlockMoE.from_parts(
         router,
         AdoptedExperts(parts["experts"]),

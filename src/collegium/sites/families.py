@@ -6,7 +6,7 @@ from typing import Any
 
 from collegium.family_scores import family_score
 
-__all__ = ["UNSUPPORTED", "logits_module", "score_of"]
+__all__ = ["SINCE", "UNSUPPORTED", "logits_module", "score_of"]
 
 UNSUPPORTED = {
     "dbrx": "its experts are flattened into one matrix and its gate returns logits only",
@@ -18,6 +18,15 @@ UNSUPPORTED = {
     "vitpose_backbone": "its experts are chosen by the data set, not by a gate",
 }
 """Families with experts that no adapter covers -> why."""
+
+
+SINCE = {
+    "aria_text": "5.18",
+    "granitemoe": "5.13",
+    "granitemoehybrid": "5.13",
+    "granitemoeshared": "5.13",
+}
+"""Families older than transformers' experts interface -> the release that put their experts behind it."""
 
 
 def score_of(family: str, config: Any) -> str:

@@ -10,11 +10,12 @@ import re
 from functools import cache, partial
 from typing import Any
 
+import transformers
 from torch import nn
 
 from collegium.errors import NotMoEError, UnsupportedFamilyError
 from collegium.sites.adapters import ADAPTERS
-from collegium.sites.families import UNSUPPORTED, score_of
+from collegium.sites.families import SINCE, UNSUPPORTED, score_of
 from collegium.sites.site import Site
 
 __all__ = ["sites"]
@@ -33,6 +34,7 @@ def sites(model: nn.Module) -> list[Site]:
         UnsupportedFamilyError: it has one that no adapter covers.
     """
     _refuse_unsupported(model)
+    _refuse_older_release(model)
     found = []
     for path, block in model.named_modules():
         experts = _child(block, "experts")
@@ -66,7 +68,7 @@ def _site(model: nn.Module, path: str, block: nn.Module, gate: nn.Module, expert
         experts=experts,
         shared=_shared(model, path, block),
         num_experts=adapter.num_experts(experts),
-        top_k=adapter.top_k(gate, config),
+        top_k=adapter.top_k(block, gate, config),
         family=family,
         score=adapter.score(gate) or score_of(family, config),
         adapter=adapter,
@@ -110,3 +112,15 @@ def _refuse_unsupported(model: nn.Module) -> None:
                 f"the experts of family {family!r} cannot be reached: {UNSUPPORTED[family]}; "
                 "watch or change them with hooks of your own"
             )
+
+
+def _refuse_older_release(model: nn.Module) -> None:
+    family = next((found for module in model.modules() if (found := _model_type(module)) in SINCE), None)
+    classes = [type(module) for module in model.modules()]
+    experts = [cls for cls in classes if "Experts" in cls.__name__ and cls.__module__.startswith("transformers.")]
+    # the decorator gives every class behind the interface this method
+    if family and experts and not any(hasattr(cls, "_apply_gate") for cls in experts):
+        raise UnsupportedFamilyError(
+            f"the experts of family {family!r} are behind transformers' experts interface since release "
+            f"{SINCE[family]}; this is {transformers.__version__}, so upgrade transformers"
+        )

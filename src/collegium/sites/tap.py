@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from collegium.errors import ConfigError
 from collegium.routing import Routing
@@ -182,11 +183,16 @@ class _Point:
     def _run(self, call: tuple[Any, ...]) -> Any:
         """What is to replace `call` (or the gate's output), or None where no tap changed anything."""
         site, adapter = self.site, self.site.adapter
+        wants_logits = any(entry.logits for entry in self.entries)
         gate_input, gate_output, logits = self.gate_input, self.gate_output, self.logits
         # not kept until the next forward: they hold the graph
         self.gate_input = self.gate_output = self.logits = None
         x, before = adapter.read(site, call, gate_output, logits)
-        if logits is not None and before.logits is None and any(entry.logits for entry in self.entries):
+        if gate_input is None and gate_output is None and isinstance(site.gate, nn.Linear):
+            # DeepSeek-V2 before transformers 5.13 multiplies by its gate's weight in float32 without calling the gate
+            gate_input = x
+            logits = F.linear(x.float(), site.gate.weight.float()) if wants_logits else None
+        if logits is not None and before.logits is None and wants_logits:
             before = replace(before, logits=logits)
         after = before
         for entry in self.entries:

@@ -15,12 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grouped_mm
 
 from collegium.catalog import method
 from collegium.experts.compute.rows import run_rows
 from collegium.experts.weights import ExpertWeights
 from collegium.routing.record import Routing
+
+try:
+    from torch.nn.functional import grouped_mm
+except ImportError:  # torch 2.9 has it under this name only
+    from torch import _grouped_mm as grouped_mm  # type: ignore[assignment]
 
 __all__ = ["grouped", "why_not"]
 

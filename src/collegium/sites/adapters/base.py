@@ -55,7 +55,7 @@ class Adapter(ABC):
         """E."""
 
     @abstractmethod
-    def top_k(self, gate: Any, config: Any) -> int:
+    def top_k(self, block: Any, gate: Any, config: Any) -> int:
         """K."""
 
     def score(self, gate: Any) -> str | None:

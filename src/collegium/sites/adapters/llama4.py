@@ -37,7 +37,7 @@ class Llama4(Adapter):
     def num_experts(self, experts: Any) -> int:
         return experts.down_proj.shape[0]
 
-    def top_k(self, gate: Any, config: Any) -> int:
+    def top_k(self, block: Any, gate: Any, config: Any) -> int:
         return gate.top_k
 
     def logits(self, gate_output: Any) -> Tensor:

@@ -43,7 +43,7 @@ class NllbMoe(Adapter):
     def num_experts(self, experts: Any) -> int:
         return experts.num_experts
 
-    def top_k(self, gate: Any, config: Any) -> int:
+    def top_k(self, block: Any, gate: Any, config: Any) -> int:
         return 2
 
     def prepare(self, site: Site, logits: bool) -> list[Handle]:

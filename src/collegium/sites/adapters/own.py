@@ -26,7 +26,7 @@ class Own(Adapter):
     def num_experts(self, experts: Any) -> int:
         return experts.num_experts
 
-    def top_k(self, gate: Any, config: Any) -> int:
+    def top_k(self, block: Any, gate: Any, config: Any) -> int:
         return gate.top_k
 
     def score(self, gate: Any) -> str | None:

@@ -30,12 +30,20 @@ class Seam(Adapter):
         # not experts.num_experts: that is the local number under expert parallelism, while ids here are global
         return experts.down_proj.shape[0]
 
-    def top_k(self, gate: Any, config: Any) -> int:
-        return gate.top_k if hasattr(gate, "top_k") else config.top_k_experts
+    def top_k(self, block: Any, gate: Any, config: Any) -> int:
+        # where the gate only computes logits, the block chooses
+        owner = next((owner for owner in (gate, block) if hasattr(owner, "top_k")), None)
+        return config.top_k_experts if owner is None else owner.top_k
 
     def logits_module(self, site: Site) -> nn.Module | None:
         path = logits_module(site.family)
         return site.gate.get_submodule(path) if path else None
+
+    def logits(self, gate_output: Any) -> Tensor:
+        if isinstance(gate_output, Tensor):
+            return gate_output
+        # first in all families, but last in GraniteMoE before transformers 5.21
+        return gate_output[0 if gate_output[0].is_floating_point() else -1]
 
     def read(self, site: Site, call: Call, gate_output: Any, logits: Tensor | None) -> tuple[Tensor, Routing]:
         x, index, weight = call[:3]
@@ -55,7 +63,8 @@ class Seam(Adapter):
 
 def _skips_sentinels(experts: Any) -> bool:
     implementation = getattr(experts.config, "_experts_implementation", None)
-    return implementation == "collegium" and not getattr(experts, "_is_expert_parallel", False)
+    # transformers before 5.18 does not say
+    return implementation == "collegium" and not getattr(experts, "_is_expert_parallel", True)
 
 
 def slots(routing: Routing, sentinel: bool) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Switch Transformers: top-1 with a capacity; ``experts(x [T, d], one-hot [T, 1, E], weight [T, 1])``.
 
-A token over its expert's capacity has an all-zero row: the block gives zero for it. Capacity is counted per sequence.
+A token over its expert's capacity has an all-zero row: the block gives zero for it. Capacity is counted per sequence,
+and before transformers 5.18 not at all: no token is dropped.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ class Switch(Adapter):
     def num_experts(self, experts: Any) -> int:
         return experts.num_experts
 
-    def top_k(self, gate: Any, config: Any) -> int:
+    def top_k(self, block: Any, gate: Any, config: Any) -> int:
         return 1
 
-    def logits(self, gate_output: Any) -> Tensor:
-        return gate_output[2]
+    def logits_module(self, site: Site) -> nn.Module | None:
+        # in the place of logits the gate gives its largest probabilities before transformers 5.18
+        return site.gate.get_submodule("classifier")
 
     def read(self, site: Site, call: Call, gate_output: Any, logits: Tensor | None) -> tuple[Tensor, Routing]:
         x, chosen_T1E, weight_T1 = call[:3]
