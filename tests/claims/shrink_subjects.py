@@ -62,24 +62,14 @@ class Subject:
         )
         return list(found)
 
-    def calibration(self, seed: int, seeds: int) -> Iterable[dict[str, torch.Tensor]]:
-        """Batches of one of `seeds` parts of the calibration documents."""
+    def statistics(self, out: Path, seed: int, seeds: int, collectors: Sequence[Any]) -> Statistics:
+        """From one of `seeds` parts of the calibration documents."""
         documents = list(self.corpus.documents("valid"))[seed::seeds]
         part = Corpus(f"part {seed}", [(document, None) for document in documents])
-        assert part.domains == self.corpus.domains, "a part without one of the domains"
-        return document_batches(
+        batches = document_batches(
             part, self.tokenizer, None, sequence_length=LENGTH, batch_size=BATCH, max_tokens=CALIBRATION
         )
-
-    def statistics(self, out: Path, seed: int, seeds: int, collectors: Sequence[Any]) -> Statistics:
-        return calibrate(
-            self.folder,
-            self.calibration(seed, seeds),
-            collectors,
-            out,
-            data=f"part {seed}",
-            domains=self.corpus.domains,
-        )
+        return calibrate(self.folder, batches, collectors, out, data=part.name, domains=part.domains)
 
     def masked(self, plan: Plan) -> Losses:
         """The losses with the plan as a mask, which is what the pruned checkpoint has."""

@@ -271,6 +271,9 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert "leave out --merge" in error("--neurons", "0.5", "--merge", "average")
     assert "above 0 and up to 1, not 1.5" in error("--neurons", "1.5")
     assert "no neurons is named 'reap'" in error("--neurons", "0.5", "--method", "reap")
+    assert "how many tokens with --recover" in error("--stages", "2")
+    assert "share of the experts to keep" in error("--stages", "2", "--recover", "100", "--parameters", "0.9")
+    assert "--pin has no meaning" in error("--stages", "2", "--recover", "100", "--pin", "1:0")
     dense = model_folder(tmp_path / "dense", "qwen3")
     assert "has no routed experts" in error(model=dense)
     (tmp_path / "empty").mkdir()
@@ -301,3 +304,13 @@ def test_another_request_needs_another_folder(
     edit.write_text(edit.read_text().replace('"reap"', '"frequency"'))
     assert f"{tmp_path / 'small'} exists" in refused(monkeypatch, capsys, *command, tmp_path / "small")
     assert record(model, tmp_path / "other", *work, "--method", "frequency", "--fresh")["of_experts"] == 16
+
+
+def test_stages_shrink_and_train_in_turn(model: Path, tmp_path: Path) -> None:
+    found = record(model, tmp_path / "small", "--stages", 2, "--recover", 6000, "--sequence-length", 16)
+    assert found["experts"] / found["of_experts"] == pytest.approx(2 / 3), "of the 6 that the first stage left, 4 stay"
+    assert found["recovered"]["overall"]["loss"]["value"] < found["measured"]["overall"]["loss"]["value"]
+    assert found["recovered"]["layers"][0]["present"]["value"] < 1, "the maps lead through both stages"
+    assert any("2 stages (75%, 50% of the experts)" in note for note in found["left_out"])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").config.num_experts == 4
+    assert not (tmp_path / "small.work" / "stages").exists()

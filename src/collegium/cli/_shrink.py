@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,26 +16,38 @@ from collegium.assets import model_folder
 from collegium.cli._data import open_data
 from collegium.cli._judge import judge_folders, usual_length
 from collegium.cli._model import byte_progress, layer_progress, open_folder, open_tokenizer, token_progress
-from collegium.cli._shrink_settings import Settings, check_budget, check_data, check_ways
+from collegium.cli._shrink_settings import Settings, check_budget, check_data, check_stages, check_ways, make_asked
+from collegium.cli._shrink_work import (
+    EVALUATION,
+    PAGE,
+    PLAN,
+    PREDICTION,
+    RECOVER_LENGTH,
+    RECOVERED,
+    REQUEST,
+    SHRUNK,
+    STAGES,
+    STATISTICS,
+    check_free,
+    is_recovered,
+    known_supers,
+    made_of,
+)  # fmt: skip
 from collegium.compress.collectors import collectors_for
-from collegium.compress.grouping import find_grouping
 from collegium.compress.judge_memory import available_bytes, check_memory, needed_bytes
 from collegium.compress.judge_result import Judgement
 from collegium.compress.judge_sides import why_no_mask
-from collegium.compress.neurons import plan_neurons
 from collegium.compress.own_write import save_own
-from collegium.compress.plan import Plan, RouterEdit
-from collegium.compress.planners import make_plan
-from collegium.compress.recover import recover
+from collegium.compress.plan import Plan
+from collegium.compress.planners import Uniform
+from collegium.compress.recover import recover, shrink_in_stages
 from collegium.compress.rewrite import apply_plan
-from collegium.compress.rewrite_config import EDIT
 from collegium.compress.stream import calibrate
 from collegium.compress.target import Target
 from collegium.data import document_batches
 from collegium.errors import ConfigError
 from collegium.files import atomic_dir, atomic_file
 from collegium.measure.statistics import META, Statistics
-from collegium.measure.super_experts import super_experts
 from collegium.models.checkpoint import Checkpoint, open_checkpoint
 from collegium.models.summary import summarize
 from collegium.report.shrink import Shrunk, write_shrink_page
@@ -43,13 +55,6 @@ from collegium.report.shrink import Shrunk, write_shrink_page
 __all__ = ["Result", "shrink"]
 
 T = TypeVar("T")
-
-REQUEST, STATISTICS, PLAN = "request.json", "statistics", "plan.json"
-PREDICTION, EVALUATION, RECOVERED, PAGE = "prediction.json", "evaluation.json", "recovered.json", "page.html"
-SHRUNK = "shrunk"
-"""Where the model waits that is to be trained further."""
-RECOVER_LENGTH = 256
-"""Tokens in a sequence of training, at most."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +76,20 @@ def shrink(model: Path, data: str, out: Path, work: Path, settings: Settings, *,
         DataError: the data lack a split.
         CollegiumError: whatever the stages raise.
     """
-    return _Run(model, data, out, work, settings, resume).all()
+    run = _Run(model, data, out, work, settings, resume)
+    return run.all() if settings.stages == 1 else run.in_stages()
 
 
 class _Run:
     def __init__(self, model: Path, data: str, out: Path, work: Path, settings: Settings, resume: bool) -> None:
-        self.out, self.work, self.settings, self.name = out, work, settings, str(model)
+        self.out, self.work, self.settings, self.name, self.data = out, work, settings, str(model), data
         self.checkpoint = open_folder(model_folder(model), trust_remote_code=False)
         self.target = Target.of(self.checkpoint)
         settings.needs()  # names that there are not
         check_ways(settings)
+        check_stages(settings)
         check_budget(settings, self.target)
-        _check_free(out, work, resume)
+        check_free(out, work, resume)
         self.tokenizer = open_tokenizer(self.checkpoint.folder, trust_remote_code=False)
         self.corpus = open_data(data)
         check_data(self.corpus, settings)
@@ -121,6 +128,13 @@ class _Run:
         with atomic_file(file) as partial:
             partial.write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
 
+    def make(self) -> tuple[Statistics, Plan]:
+        """Calibrate, plan, and write what the plan makes."""
+        statistics = self._timed("calibrate", self._calibrate)
+        plan = self._timed("plan", lambda: self._plan(statistics))
+        self._timed("apply", lambda: self._apply(plan, statistics))
+        return statistics, plan
+
     def all(self) -> Result:
         statistics = self._timed("calibrate", self._calibrate)
         plan = self._timed("plan", lambda: self._plan(statistics))
@@ -130,8 +144,60 @@ class _Run:
         recovered = None
         if self.settings.recover:
             self._timed("recover", self._recover)
-            if _is_recovered(self.out):
+            if is_recovered(self.out):
                 recovered = self._timed("evaluate again", lambda: self._evaluate(self.out, RECOVERED))
+        found = self._finish(plan, predicted, measured, recovered, known_supers(statistics))
+        if self.settings.recover:
+            shutil.rmtree(self.made, ignore_errors=True)  # as large as the result
+        return found
+
+    def in_stages(self) -> Result:
+        """Shrink and train in turn, a part of the way each time; then judge the result."""
+        settings, root = self.settings, self.work / STAGES
+        planner = settings.planner
+        assert isinstance(planner, Uniform)
+
+        def make(source: Path, share: float, target: Path) -> None:
+            step = replace(settings, planner=Uniform(share), recover=0, stages=1)
+            _Run(source, self.data, target, root / f"{target.name}.work", step, resume=True).make()
+
+        def train(source: Path, tokens: int, target: Path) -> Path:
+            return self._timed(f"recover {source.name}", lambda: self._train(source, tokens, target)) or source
+
+        found = shrink_in_stages(
+            self.checkpoint.folder,
+            planner.keep,
+            root,
+            shrink=make,
+            recover=train,
+            tokens=settings.recover,
+            count=settings.stages,
+        )
+        last, work = found[-1], root / f"{found[-1].shrunk.name}.work"
+        self._place(last.recovered)
+        measured = self._timed("evaluate", lambda: self._evaluate(last.shrunk, EVALUATION))
+        recovered = None
+        if last.recovered != last.shrunk:
+            recovered = self._timed("evaluate again", lambda: self._evaluate(self.out, RECOVERED))
+        self.notes.append(
+            f"shrunk in {settings.stages} stages ({', '.join(f'{stage.keep:.0%}' for stage in found)} of the experts), "
+            "each trained further; the plan shown is that of the last one, for the model before it"
+        )
+        result = self._finish(
+            Plan.load(work / PLAN), None, measured, recovered, known_supers(Statistics.load(work / STATISTICS))
+        )
+        shutil.rmtree(root, ignore_errors=True)
+        return result
+
+    def _finish(
+        self,
+        plan: Plan,
+        predicted: Judgement | None,
+        measured: Judgement | None,
+        recovered: Judgement | None,
+        supers: dict[int, tuple[int, ...]],
+    ) -> Result:
+        """Write the page."""
         shrunk = Shrunk(
             plan=plan,
             before=summarize(self.checkpoint),
@@ -139,13 +205,11 @@ class _Run:
             predicted=predicted,
             measured=measured,
             recovered=recovered,
-            supers=_supers(statistics),
+            supers=supers,
             notes=tuple(self.notes),
         )
         page = self.work / PAGE
         self._timed("page", lambda: write_shrink_page(shrunk, page))
-        if self.settings.recover:
-            shutil.rmtree(self.made, ignore_errors=True)  # as large as the result
         return Result(shrunk, self.out, self.work, page, self.seconds)
 
     def _timed(self, stage: str, run: Callable[[], T]) -> T:
@@ -193,27 +257,7 @@ class _Run:
             plan = Plan.load(file)
             plan.check(self.target)
             return plan
-        plan = (
-            self._slim(statistics)
-            if settings.neurons is not None
-            else make_plan(
-                statistics,
-                self.target,
-                settings.planner,
-                importance=settings.method,
-                settings=settings.settings["score"],
-                domains=settings.domains,
-                combine=settings.combine,
-                pins=settings.pins,
-                protect_super_experts=settings.protect,
-                mtp=settings.mtp,
-                grouping=None
-                if settings.grouping is None
-                else find_grouping(settings.grouping, settings.settings["grouping"]),
-                operator=settings.operator(),
-                router=RouterEdit(mode=settings.router, settings=dict(settings.settings["router"])),
-            )
-        )
+        plan = make_asked(settings, statistics, self.target)
         if not plan.portable and not settings.own:
             raise ConfigError(
                 "plain transformers cannot hold what this leaves: layers or experts that differ in size; write it in "
@@ -221,22 +265,6 @@ class _Run:
             )
         plan.save(file)
         return plan
-
-    def _slim(self, statistics: Statistics) -> Plan:
-        """A plan that keeps every expert, with fewer neurons."""
-        settings = self.settings
-        assert settings.neurons is not None
-        return plan_neurons(
-            statistics,
-            self.target,
-            score=settings.method,
-            share=settings.neurons,
-            mode=settings.widths,
-            settings=settings.settings["score"],
-            pins=settings.pins,
-            protect_super_experts=settings.protect,
-            mtp=settings.mtp,
-        )
 
     def _predict(self, plan: Plan) -> Judgement | None:
         file = self.work / PREDICTION
@@ -255,7 +283,7 @@ class _Run:
     def _apply(self, plan: Plan, statistics: Statistics) -> None:
         for there in (self.made, self.out):
             if there.is_dir() and any(there.iterdir()):
-                if not _made_of(there, plan):
+                if not made_of(there, plan):
                     raise ConfigError(f"{there} exists and is not what {self.work / PLAN} makes; remove one of them")
                 return
         with byte_progress() as progress:
@@ -294,37 +322,46 @@ class _Run:
         """Train the model that was made, and put the result, or that model if training did not help, at `out`."""
         if self.out.is_dir() and any(self.out.iterdir()):
             return
-        student = open_checkpoint(self.made)
-        need = max(16 * summarize(student).parameters, needed_bytes([self.checkpoint], self.settings.dtype))
-        found, have = None, available_bytes()
+        if self._train(self.made, self.settings.recover, self.out) is None:
+            self._place(self.made)
+
+    def _train(self, student: Path, tokens: int, out: Path) -> Path | None:
+        """`out`: `student`, trained to be like the original. None, and a note, if that cannot be or did not help."""
+        summary = summarize(open_checkpoint(student))
+        need = max(16 * summary.parameters, needed_bytes([self.checkpoint], self.settings.dtype))
+        have = available_bytes()
         if have is not None and need > have:
             self._leave_out(
                 f"the result was not trained: that needs about {need / 1e9:.1f} GB of memory, and {have / 1e9:.1f} GB "
                 "are free"
             )
-        else:
-            with token_progress() as bars:
-                tasks: dict[str, Any] = {}
+            return None
+        with token_progress() as bars:
+            tasks: dict[str, Any] = {}
 
-                def progress(phase: str, done: int, total: int) -> None:
-                    if phase not in tasks:
-                        tasks[phase] = bars.add_task(phase)
-                    bars.update(tasks[phase], completed=done, total=total)
+            def progress(phase: str, done: int, total: int) -> None:
+                if phase not in tasks:
+                    tasks[phase] = bars.add_task(phase)
+                bars.update(tasks[phase], completed=done, total=total)
 
-                found = recover(
-                    self.made,
-                    self.checkpoint.folder,
-                    self.corpus,
-                    self.out,
-                    tokens=self.settings.recover,
-                    sequence_length=min(self.length, RECOVER_LENGTH),
-                    progress=progress,
-                ).out
-            if found is None:
-                self._leave_out("training did not lower the loss on held-out text, so the result is not trained")
+            found = recover(
+                student,
+                self.checkpoint.folder,
+                self.corpus,
+                out,
+                tokens=tokens,
+                sequence_length=min(self.length, RECOVER_LENGTH),
+                progress=progress,
+            ).out
         if found is None:
+            self._leave_out("training did not lower the loss on held-out text, so the result is not trained")
+        return found
+
+    def _place(self, made: Path) -> None:
+        """Put a copy of a model at `out`, if none is there."""
+        if not (self.out.is_dir() and any(self.out.iterdir())):
             with atomic_dir(self.out) as partial:
-                shutil.copytree(self.made, partial, dirs_exist_ok=True)
+                shutil.copytree(made, partial, dirs_exist_ok=True)
 
     def _judged(self) -> dict[str, Any]:
         """On what models are judged; prediction and measurement must be of the same tokens."""
@@ -347,37 +384,3 @@ class _Run:
     def _leave_out(self, note: str) -> None:
         typer.echo(f"warning: {note}", err=True)
         self.notes.append(note)
-
-
-def _check_free(out: Path, work: Path, resume: bool) -> None:
-    """Raise ConfigError if `out` holds something that this work folder does not know of."""
-    taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
-    known = resume and (work / PLAN).is_file() and out.is_dir() and _made_of(out, Plan.load(work / PLAN))
-    if taken and not known:
-        raise ConfigError(f"{out} exists; choose a folder that does not, or remove it first")
-    if work.exists() and not (work / REQUEST).is_file() and (not work.is_dir() or any(work.iterdir())):
-        raise ConfigError(f"{work} exists and holds no work of this command; choose another folder with --work")
-
-
-def _made_of(out: Path, plan: Plan) -> bool:
-    """Whether the checkpoint in `out` is what `plan` made."""
-    try:
-        edit = json.loads((out / EDIT).read_text(encoding="utf-8"))
-        edit = edit["previous"] if edit["kind"] == "recover" else edit
-        return bool(edit["plan"] == plan.model_dump(mode="json"))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _is_recovered(out: Path) -> bool:
-    return bool(json.loads((out / EDIT).read_text(encoding="utf-8"))["kind"] == "recover")
-
-
-def _supers(statistics: Statistics) -> dict[int, tuple[int, ...]]:
-    """Layer -> its super experts, where the statistics can tell."""
-    if not any(entry.name == "down_max" for entry in statistics.meta.statistics):
-        return {}
-    found: dict[int, tuple[int, ...]] = {}
-    for one in super_experts(statistics).found:
-        found[one.layer] = tuple(sorted({*found.get(one.layer, ()), one.expert}))
-    return found

@@ -11,16 +11,17 @@ import torch
 from collegium.compress.grouping import find_grouping, groupings
 from collegium.compress.importance import find_importance
 from collegium.compress.merge import find_merge
-from collegium.compress.neurons import Mode, find_neuron_score
-from collegium.compress.plan import Mtp, Operator
-from collegium.compress.planners import Combine, LayerScores, Planner
+from collegium.compress.neurons import Mode, find_neuron_score, plan_neurons
+from collegium.compress.plan import Mtp, Operator, Plan, RouterEdit
+from collegium.compress.planners import Combine, LayerScores, Planner, Uniform, make_plan
 from collegium.compress.router_edits import router_edit_needs
 from collegium.compress.target import Target
 from collegium.data import Corpus
 from collegium.data.document import Split
 from collegium.errors import ConfigError, DataError, UnsupportedFamilyError
+from collegium.measure.statistics import Statistics
 
-__all__ = ["Settings", "check_budget", "check_data", "check_ways"]
+__all__ = ["Settings", "check_budget", "check_data", "check_stages", "check_ways", "make_asked"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Settings:
     grouping: str | None
     router: str
     recover: int
+    stages: int
     neurons: float | None
     widths: Mode
     own: bool
@@ -101,6 +103,20 @@ def check_budget(settings: Settings, target: Target) -> None:
         )
 
 
+def check_stages(settings: Settings) -> None:
+    """Raise ConfigError if there are stages, and something they do not go with."""
+    if settings.stages == 1:
+        return
+    if settings.recover < settings.stages:
+        raise ConfigError(f"--stages {settings.stages} trains after each stage; say on how many tokens with --recover")
+    if not isinstance(settings.planner, Uniform) or settings.planner.keep == 1 or settings.neurons is not None:
+        raise ConfigError("--stages goes with a share of the experts to keep, --keep, and with no other budget")
+    if settings.pins:
+        raise ConfigError(
+            "--stages renumbers experts from stage to stage, so --pin has no meaning; leave one of them out"
+        )
+
+
 def check_ways(settings: Settings) -> None:
     """Raise ConfigError if grouping, merge and router edit do not go together."""
     if settings.router == "many_to_one":
@@ -146,3 +162,36 @@ def check_data(corpus: Corpus, settings: Settings) -> None:
                 f"{corpus.name} has no document in its {split} split, to {purpose}; give data of three documents or "
                 "more, or a folder with train and test in it"
             )
+
+
+def make_asked(settings: Settings, statistics: Statistics, target: Target) -> Plan:
+    """The plan that was asked for."""
+    shared: dict[str, Any] = {
+        "pins": settings.pins,
+        "protect_super_experts": settings.protect,
+        "mtp": settings.mtp,
+    }
+    chosen = settings.settings
+    if settings.neurons is not None:
+        return plan_neurons(
+            statistics,
+            target,
+            score=settings.method,
+            share=settings.neurons,
+            mode=settings.widths,
+            settings=chosen["score"],
+            **shared,
+        )
+    return make_plan(
+        statistics,
+        target,
+        settings.planner,
+        importance=settings.method,
+        settings=chosen["score"],
+        domains=settings.domains,
+        combine=settings.combine,
+        grouping=None if settings.grouping is None else find_grouping(settings.grouping, chosen["grouping"]),
+        operator=settings.operator(),
+        router=RouterEdit(mode=settings.router, settings=dict(chosen["router"])),
+        **shared,
+    )

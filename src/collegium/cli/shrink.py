@@ -67,6 +67,9 @@ def run(
     recover: Annotated[
         int, typer.Option("--recover", min=0, help="Then train it on so many tokens to be like the original.")
     ] = 0,
+    stages: Annotated[
+        int, typer.Option("--stages", min=1, help="Do it in so many stages, sharing the tokens of --recover.")
+    ] = 1,
     change: Annotated[
         list[str] | None,
         typer.Option("--set", help="A setting of one of these, e.g. score.seed=3 or merge.rank=0.75; repeatable."),
@@ -123,6 +126,7 @@ def run(
         grouping=grouping,
         router=router,
         recover=recover,
+        stages=stages,
         tokens=tokens,
         eval_tokens=eval_tokens,
         batch_size=batch_size,
