@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from folders import TEXTS, corpus_folder, model_folder
 from test_inspect import refused
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from collegium.cli.main import app
 from collegium.compress import stream
+from collegium.data.tokenize import tokenizer_fingerprint
+from collegium.errors import ConfigError
 from collegium.measure.statistics import Statistics
 from collegium.models.checkpoint import open_checkpoint
 
@@ -101,3 +105,23 @@ def test_bad_input_is_one_line(
     )
     assert "dtype 'int8'" in refused(monkeypatch, capsys, *command, tmp_path / "t", "--dtype", "int8")
     assert "no split" in refused(monkeypatch, capsys, *command, tmp_path / "t", "--split", "some")
+
+
+def test_statistics_of_another_tokenizer_are_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    shutil.copytree(model, mine)
+    run(mine, tmp_path / "s", "--tokens", 20)
+    tokenizer = AutoTokenizer.from_pretrained(mine)
+    assert Statistics.load(tmp_path / "s").meta.tokenizer == tokenizer_fingerprint(tokenizer)
+    tokenizer.add_tokens(["another"])
+    shutil.copytree(model, other)
+    tokenizer.save_pretrained(other)
+    assert open_checkpoint(other).fingerprint == open_checkpoint(mine).fingerprint
+    plan = ("plan", tmp_path / "s", "--model")
+    assert "another tokenizer" in refused(monkeypatch, capsys, *plan, other)
+    assert CliRunner().invoke(app, [*map(str, plan), str(mine)]).exit_code == 0
+    run(other, tmp_path / "t", "--tokens", 20)
+    with pytest.raises(ConfigError, match="whose tokenizer differs"):
+        Statistics.load(tmp_path / "s").add(Statistics.load(tmp_path / "t"))

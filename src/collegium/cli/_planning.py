@@ -24,7 +24,25 @@ def target_of(statistics: Statistics, model: Path | None) -> Target:
     named = statistics.meta.model
     if model is None and named not in SHIPPED and not (Path(named) / "config.json").is_file():
         raise ConfigError(f"the statistics are of {named!r}, which is no folder here; name the model with --model")
-    return Target.of(open_checkpoint(model_folder(model or named)))
+    checkpoint = open_checkpoint(model_folder(model or named))
+    _check_tokenizer(statistics, checkpoint.folder)
+    return Target.of(checkpoint)
+
+
+def _check_tokenizer(statistics: Statistics, folder: Path) -> None:
+    """Raise ConfigError if the model has another tokenizer than the statistics were made with."""
+    from collegium.cli._model import open_tokenizer
+    from collegium.data.tokenize import tokenizer_fingerprint
+    from collegium.errors import ConfigError
+
+    if statistics.meta.tokenizer is None:
+        return
+    found = tokenizer_fingerprint(open_tokenizer(folder, trust_remote_code=False))
+    if found != statistics.meta.tokenizer:
+        raise ConfigError(
+            f"the statistics were made with another tokenizer ({statistics.meta.tokenizer}) than {folder} has "
+            f"({found}), so they are of other tokens than the model will see; calibrate again"
+        )
 
 
 def open_planner(

@@ -45,6 +45,7 @@ from collegium.compress.rewrite import apply_plan
 from collegium.compress.stream import calibrate
 from collegium.compress.target import Target
 from collegium.data import document_batches
+from collegium.data.tokenize import tokenizer_fingerprint
 from collegium.errors import ConfigError
 from collegium.files import atomic_dir, atomic_file
 from collegium.measure.statistics import META, Statistics
@@ -245,6 +246,7 @@ class _Run:
                 name=self.name,
                 data=f"{self.corpus.name} ({self.corpus.fingerprint()}), split train, "
                 f"{settings.batch_size} x {self.length}",
+                tokenizer=tokenizer_fingerprint(self.tokenizer),
                 domains=self.corpus.domains,
                 dtype=settings.dtype or "auto",
                 max_tokens=settings.tokens,

@@ -61,6 +61,7 @@ def run(
     from collegium.cli._model import DTYPES, layer_progress, open_folder, open_tokenizer
     from collegium.compress.stream import calibrate, check_target
     from collegium.data import document_batches
+    from collegium.data.tokenize import tokenizer_fingerprint
     from collegium.errors import ConfigError
 
     if dtype is not None and dtype not in DTYPES:
@@ -94,6 +95,7 @@ def run(
                 name=str(model),
                 data=f"{corpus.name} ({corpus.fingerprint()}), split {split or 'all'}, "
                 f"{batch_size} x {sequence_length}",
+                tokenizer=tokenizer_fingerprint(tokenizer),
                 domains=corpus.domains,
                 dtype=dtype or "auto",
                 max_tokens=tokens,

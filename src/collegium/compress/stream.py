@@ -48,6 +48,7 @@ def calibrate(
     *,
     name: str | None = None,
     data: str = "unnamed",
+    tokenizer: str | None = None,
     domains: Sequence[str] = ("unknown",),
     dtype: str | torch.dtype = "auto",
     max_tokens: int | None = None,
@@ -75,6 +76,7 @@ def calibrate(
         out: folder for the statistics.
         name: of the model; None means the folder's.
         data, domains, max_tokens: as for `collect`.
+        tokenizer: identity of the tokenizer which made the tokens (`collegium.data.tokenize.tokenizer_fingerprint`).
         dtype: of the weights: "auto" means the config's, else that of the weights.
         resume: go on with an unfinished run of the same settings and batches. False deletes it, and replaces
             statistics that are in `out`.
@@ -104,7 +106,7 @@ def calibrate(
         if not _tokens(parts):
             raise DataError("the calibration data holds no token")
         parts = parts[ranks.rank :: ranks.world]
-        meta = meta.model_copy(update={"tokens": _tokens(parts)})
+        meta = meta.model_copy(update={"tokens": _tokens(parts), "tokenizer": tokenizer})
         top = len(streamed.layers) if gradients else None
         store = _open_store(streamed, parts, meta, out, top, resume, ranks)
         _run(streamed, store, parts, collectors, len(domains), progress)
@@ -139,6 +141,7 @@ def _open_store(
         "fingerprint": meta.fingerprint,
         "tokens": _digest(parts),
         "domains": list(meta.domains),
+        "tokenizer": meta.tokenizer,
         "collectors": meta.collectors,
         "dtype": str(streamed.dtype),
         "collegium": __version__,

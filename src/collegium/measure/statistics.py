@@ -108,6 +108,7 @@ class StatisticsMeta(BaseModel):
     Attributes:
         model: name of the model.
         fingerprint: identity of the checkpoint, or None if it was not one.
+        tokenizer: that of the tokenizer which made the tokens, or None if it is not known.
         family: model_type.
         num_layers: decoder layers of the model, dense ones included.
         layers: its MoE layers, ascending.
@@ -125,6 +126,7 @@ class StatisticsMeta(BaseModel):
     schema_version: Literal[1] = 1
     model: str
     fingerprint: str | None = None
+    tokenizer: str | None = None
     family: str
     num_layers: int = Field(ge=1)
     layers: tuple[LayerEntry, ...] = Field(min_length=1, strict=False)
@@ -252,7 +254,16 @@ class Statistics:
         Raises:
             ConfigError: they are of different models, or of different collectors or settings.
         """
-        for field in ("model", "fingerprint", "family", "num_layers", "layers", "statistics", "collectors"):
+        for field in (
+            "model",
+            "fingerprint",
+            "tokenizer",
+            "family",
+            "num_layers",
+            "layers",
+            "statistics",
+            "collectors",
+        ):
             mine, theirs = getattr(self.meta, field), getattr(other.meta, field)
             # without a fingerprint the name must do; with one the folder may have moved
             if mine != theirs and not (field == "model" and self.meta.fingerprint is not None):
