@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+import collegium
 from collegium import load
 from collegium.compress import apply_mask, apply_plan, calibrate
 from collegium.compress.plan import Plan
@@ -129,10 +131,25 @@ class Results:
 
     def page(self) -> str:
         parts = [HEAD, *(f"- {note}" for note in self.notes)]
+        parts += ["", *against_the_papers()]
         for model in dict.fromkeys(row[0] for row in self.rows):
             parts += ["", f"## {model}", "", "| method | kept | loss | other domains |", "|---|---|---|---|"]
             parts += [f"| {' | '.join(row[1:])} |" for row in self.rows if row[0] == model]
         return "\n".join(parts) + "\n"
+
+
+KINDS = (
+    "importance", "grouping", "merge", "router_edit", "neurons", "factor", "compaction", "recovery", "retrieval",
+    "metric/super-experts",
+)  # fmt: skip
+
+
+def against_the_papers() -> list[str]:
+    """What came of each paper's claim, from the record."""
+    record = json.loads(Path(collegium.__file__).with_name("claims.json").read_text(encoding="utf-8"))
+    found = {name: one for name, one in record.items() if name.startswith(KINDS)}
+    head = ["## Against the papers", "", "| claim | here | numbers |", "|---|---|---|"]
+    return head + [f"| `{name}` | {one['status']} | {one['numbers']} |" for name, one in sorted(found.items())]
 
 
 HEAD = """# Shrinking: what was measured
