@@ -108,7 +108,7 @@ def test_a_stopped_run_goes_on(
         _count(patch, ran)
         found = record(model, out)
     assert sorted(ran) == sorted(set(ran)), "nothing is done twice"
-    assert set(ran) == {"calibrate", "make_plan", "apply_plan", "judge predicted", "judge measured"}
+    assert set(ran) == {"calibrate", "make_asked", "apply_plan", "judge predicted", "judge measured"}
     assert found["predicted"]["overall"]["loss"]["value"] == pytest.approx(
         found["measured"]["overall"]["loss"]["value"]
     )
@@ -128,7 +128,7 @@ def _count(patch: pytest.MonkeyPatch, ran: list[str]) -> None:
 
         return call
 
-    for name in ("calibrate", "make_plan", "apply_plan", "judge_folders"):
+    for name in ("calibrate", "make_asked", "apply_plan", "judge_folders"):
         patch.setattr(_shrink, name, counted(name))
 
 

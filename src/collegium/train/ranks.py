@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ __all__ = ["Ranks", "open_ranks"]
 
 
 CPU = torch.device("cpu")
+_LEAVE = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,17 @@ class Ranks:
             dist.barrier(group=self.mesh.get_group())
 
 
+def _leave_together(ranks: Ranks) -> None:
+    """Wait until all processes are through with their last collective.
+
+    gloo may abort a process whose peer goes while a collective is still being finished, and a barrier is a collective.
+    The store is none.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"collegium-left-{ranks.rank}", "1")
+    store.wait([f"collegium-left-{rank}" for rank in range(ranks.world)], _LEAVE)
+
+
 @contextlib.contextmanager
 def open_ranks() -> Iterator[Ranks]:
     """Join the process group that torchrun's environment describes (gloo on CPU, nccl on GPU); alone without one.
@@ -87,8 +100,8 @@ def open_ranks() -> Iterator[Ranks]:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), device, mesh)
         yield ranks
-        # gloo may abort a process whose peer tears down while a collective is still being finished
         ranks.barrier()
+        _leave_together(ranks)
     finally:
         if mine:
             dist.destroy_process_group()
