@@ -207,8 +207,8 @@ def test_super_experts(
         claim(
             "metric/super-experts",
             False,
-            f"the demo model has none: largest |output| {super_experts(statistics['demo'][0]).largest:.1f}, threshold "
-            f"{super_experts(statistics['demo'][0]).threshold:.1f}; a planted one is found in the tests",
+            f"the demo model has none: largest absolute output {super_experts(statistics['demo'][0]).largest:.1f}, "
+            f"threshold {super_experts(statistics['demo'][0]).threshold:.1f}; a planted one is found in the tests",
         )
         return
     gone = {one.layer: {x.expert for x in found if x.layer == one.layer} for one in found}

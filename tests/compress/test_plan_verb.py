@@ -62,9 +62,9 @@ def test_a_plan_is_made_written_and_shown(folders: tuple[Path, Path], tmp_path: 
     plan.check(Target.of(open_checkpoint(model)))
     assert plan.layers[1].protected == (3,)
     assert all(len(one.keep) == 4 for one in plan.layers)
-    again = run("plan", "--show", tmp_path / "plan.json")
+    again = run("plan", "show", tmp_path / "plan.json")
     assert again == shown.replace(f"written to {tmp_path / 'plan.json'}\n", "")
-    record = json.loads(run("plan", "--show", tmp_path / "plan.json", "--json"))
+    record = json.loads(run("plan", "show", tmp_path / "plan.json", "--json"))
     assert record["uniform"]
     assert record["reached"]["experts"] == 8
     assert record["layers"][1]["keep"] == list(plan.layers[1].keep)
@@ -75,12 +75,12 @@ def test_two_plans_are_compared(folders: tuple[Path, Path], tmp_path: Path) -> N
     _, stats = folders
     run("plan", stats, "--out", tmp_path / "a.json")
     run("plan", stats, "-m", "random", "--set", "score.seed=3", "--out", tmp_path / "b.json")
-    shown = run("plan", "--diff", tmp_path / "a.json", tmp_path / "b.json")
+    shown = run("plan", "diff", tmp_path / "a.json", tmp_path / "b.json")
     assert "method: reap -> random" in shown
-    record = json.loads(run("plan", "--diff", tmp_path / "a.json", tmp_path / "b.json", "--json"))
+    record = json.loads(run("plan", "diff", tmp_path / "a.json", tmp_path / "b.json", "--json"))
     assert record["fields"]["method"] == ["reap", "random"]
     assert 0 < record["overlap"] < 1
-    same = json.loads(run("plan", "--diff", tmp_path / "a.json", tmp_path / "a.json", "--json"))
+    same = json.loads(run("plan", "diff", tmp_path / "a.json", tmp_path / "a.json", "--json"))
     assert same == {"fields": {}, "layers": [], "overlap": 1.0}
 
 
@@ -120,6 +120,7 @@ def test_every_planner_is_reached(
         (["--method", "easy_ep"], "importance 'easy_ep' needs easy_sum"),
         (["--method", "magic"], "no importance is named 'magic'"),
         (["--set", "score.seed=3"], "importance 'reap' has no setting 'seed'"),
+        (["more"], "is none of STATS, show PLAN, diff PLAN PLAN"),
         (["--set", "nonsense"], "must be PART.NAME=VALUE"),
         (["--set", "planner.keep=1"], "PART one of score, merge"),
         (["--merge", "average"], "name a grouping"),
@@ -154,7 +155,7 @@ def test_files_are_not_replaced_unasked(
     assert (tmp_path / "plan.json").read_text() == "mine"
     run("plan", folders[1], "--out", tmp_path / "plan.json", "--overwrite")
     assert Plan.load(tmp_path / "plan.json").reached.experts == 8
-    assert "name a folder of statistics" in refused(capsys, monkeypatch, "plan")
+    assert "show PLAN" in refused(capsys, monkeypatch, "plan")
     assert "no statistics" in refused(capsys, monkeypatch, "plan", tmp_path)
 
 

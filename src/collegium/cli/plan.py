@@ -19,7 +19,13 @@ __all__ = ["run"]
 
 
 def run(
-    statistics: Annotated[Path | None, typer.Argument(help="Folder of statistics, from a calibration pass.")] = None,
+    what: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="STATS | show PLAN | diff PLAN PLAN",
+            help="A folder of statistics, from a calibration pass; or a plan to look at, or two to compare.",
+        ),
+    ],
     model: Annotated[
         Path | None, typer.Option("--model", help="Folder of the model, or demo; else the one the statistics name.")
     ] = None,
@@ -70,28 +76,30 @@ def run(
     mtp: Annotated[str, typer.Option("--mtp", help="Multi-token-prediction layers: refuse, keep or drop.")] = "refuse",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan here; else it is only shown.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
-    show: Annotated[Path | None, typer.Option("--show", help="Show this plan, and do nothing else.")] = None,
-    differ: Annotated[
-        tuple[Path, Path] | None, typer.Option("--diff", help="Show where two plans differ, and do nothing else.")
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Decide which experts of a model are kept, from its statistics. Nothing is changed; a plan is a file to look at.
 
     collegium plan STATS --keep 0.5 --method reap --out plan.json
+
+    collegium plan show plan.json
+
+    collegium plan diff plan.json other.json
     """
     from collegium.cli._planning import one_of, open_planner, parse_pins, parse_settings, target_of
     from collegium.compress.plan import Plan, diff
     from collegium.errors import ConfigError
 
-    if differ is not None:
-        _show_diff(diff(*(Plan.load(path) for path in differ)), as_json)
+    words = list(map(str, what))
+    if words[0] == "show" and len(what) == 2:
+        _show(Plan.load(what[1]), as_json)
         return
-    if show is not None:
-        _show(Plan.load(show), as_json)
+    if words[0] == "diff" and len(what) == 3:
+        _show_diff(diff(Plan.load(what[1]), Plan.load(what[2])), as_json)
         return
-    if statistics is None:
-        raise ConfigError("name a folder of statistics; or look at plans with --show PLAN or --diff PLAN PLAN")
+    if len(what) != 1:
+        raise ConfigError(f"{' '.join(words)!r} is none of STATS, show PLAN, diff PLAN PLAN")
+    statistics = what[0]
     if out is not None and out.exists() and not overwrite:
         raise ConfigError(f"{out} exists; replace it with --overwrite, or choose another")
     from collegium.compress.planners import make_plan
