@@ -45,6 +45,10 @@ KINDS = {
     "compaction": "the auxiliary experts of a token -> something smaller",
     "recovery": "training that gives a smaller model back what it lost",
     "retrieval": "a prompt -> the experts that its task needs",
+    "cache": "which experts stay in a memory that cannot hold all",
+    "predictor": "what is known so far -> the experts a coming layer will need",
+    "precision": "how exact the copy of an expert is that a token gets",
+    "scheduler": "in which order, and where, the experts of a layer are loaded and computed",
 }
 """Every kind of method and what its members do. A later room adds its kind here."""
 

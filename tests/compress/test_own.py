@@ -22,7 +22,7 @@ from collegium.compress.own_write import save_own
 from collegium.compress.plan import Operator, Plan
 from collegium.compress.rewrite import apply_plan
 from collegium.compress.stream import calibrate
-from collegium.compress.stream_weights import LayerwiseModel
+from collegium.models.layerwise import LayerwiseModel
 from collegium.compress.target import Target
 from collegium.errors import CheckpointError, ConfigError, PlanError, StorageError, UnsupportedFamilyError
 from collegium.experts.loose import LooseExperts

@@ -20,7 +20,7 @@ from torch import Tensor
 from collegium.compress import stream
 from collegium.compress.collectors import OutputMean, OutputNorms, ResidualTurn, RouterSums
 from collegium.compress.stream import calibrate
-from collegium.compress.stream_weights import LayerwiseModel
+from collegium.models.layerwise import LayerwiseModel
 from collegium.errors import (
     CheckpointError,
     ConfigError,

@@ -21,7 +21,7 @@ from collegium.compress import stream, stream_backward
 from collegium.compress.collectors_outputs import HiddenSums
 from collegium.compress.gradients import HiddenGradients, WeightGradients
 from collegium.compress.stream import calibrate
-from collegium.compress.stream_weights import LayerwiseModel
+from collegium.models.layerwise import LayerwiseModel
 from collegium.errors import ConfigError, StatisticsError, UnsupportedFamilyError
 from collegium.measure.collect import collect, weights_of
 from collegium.measure.statistics import Statistics

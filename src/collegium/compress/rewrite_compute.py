@@ -24,7 +24,7 @@ from collegium.compress.plan import Plan
 from collegium.compress.plan_layer import LayerPlan
 from collegium.compress.rewrite_layout import Block, Piece, router_axis
 from collegium.compress.router_edits import RouterRows, edit_router, edit_vector, mixing, router_edit_needs
-from collegium.compress.stream_weights import LayerwiseModel
+from collegium.models.layerwise import LayerwiseModel
 from collegium.errors import CheckpointError, ConfigError, PlanError, UnsupportedFamilyError
 from collegium.experts.weights import ExpertWeights
 from collegium.measure.collect import weights_of

@@ -23,7 +23,7 @@ from collegium.compress.stream_backward import Backward, check_gradients
 from collegium.compress.stream_forward import Forward, Part, check_layers
 from collegium.compress.stream_ranks import add_up, open_group
 from collegium.compress.stream_store import PartialRun
-from collegium.compress.stream_weights import LayerwiseModel
+from collegium.models.layerwise import LayerwiseModel
 from collegium.errors import CheckpointError, ConfigError, DataError
 from collegium.measure.collect import Collector, Counts, Feed, SiteCollection, batch_columns, statistics_meta
 from collegium.measure.residual import Residuals

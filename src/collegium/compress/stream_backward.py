@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from collegium.compress.gradients import GradientBatch, Gradients
 from collegium.compress.stream_forward import Forward, Part, no_gradients
 from collegium.compress.stream_store import PartialRun
-from collegium.compress.stream_weights import LayerwiseModel
+from collegium.models.layerwise import LayerwiseModel
 from collegium.errors import ModelError
 from collegium.measure.collect import Collector, SiteCollection, weights_of
 from collegium.routing import Routing

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collegium.compress.stream_weights import LayerwiseModel
+from collegium.models.layerwise import LayerwiseModel
 from collegium.errors import UnsupportedFamilyError
 
 __all__ = ["Forward", "Part", "check_layers", "no_gradients"]

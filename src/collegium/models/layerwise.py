@@ -8,7 +8,7 @@ of the part that is asked for.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import signature
 from typing import Any
@@ -92,6 +92,24 @@ class LayerwiseModel:
     def vocabulary(self) -> int:
         """Token ids there are."""
         return self.embedding.weight.shape[0]
+
+    def fill(self, *without: str) -> None:
+        """Make everything real and leave it so, one decoder layer after the other, except for parameters and modules at
+        the paths `without`.
+
+        Raises:
+            CheckpointError: a tensor is missing, unexpected, damaged or of another shape.
+        """
+        for number in range(len(self.layers)):
+            self._fill(f"{self.stack}.{number}", *without)
+            _own(self.layers[number].modules())
+        there = set(self.targets.values())
+        tied = [name for name in self.model.all_tied_weights_keys if name not in there]
+        self._fill("", self.stack, *tied, *without)
+        inside = set(self.layers.modules())
+        _own(module for module in self.model.modules() if module not in inside)
+        self.model.tie_weights()
+        self.model.requires_grad_(False)
 
     @contextmanager
     def embedding_loaded(self) -> Iterator[None]:
@@ -219,6 +237,19 @@ class LayerwiseModel:
         return targets
 
 
+@torch.no_grad()
+def _own(modules: Iterable[nn.Module]) -> None:
+    """Copy what may be a view of a mapped file: the system can drop its pages, and where it begins at an odd address
+    products are slower and round otherwise than in a model that was loaded as usual."""
+    for module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                module._parameters[name] = nn.Parameter(parameter.detach().clone(), False)
+        for name, table in module._buffers.items():
+            if table is not None and not table.is_meta:
+                module._buffers[name] = table.clone()
+
+
 def _under(name: str, path: str) -> bool:
     return not path or name == path or name.startswith(f"{path}.")
 
@@ -230,7 +261,7 @@ def _refuse(checkpoint: Checkpoint) -> None:
     for table in (config, text if isinstance(text, dict) else {}):
         if table.get("quantization_config"):
             raise UnsupportedFamilyError(
-                f"{folder} is quantised; statistics are taken from weights of a floating dtype. Save a dequantised copy"
+                f"{folder} is quantised; this takes weights of a floating dtype. Save a dequantised copy"
             )
     section = config.get("collegium")
     if isinstance(section, dict) and "shrunk" in section:
