@@ -20,10 +20,12 @@ claims: $(STAMP) ## the claim experiments; writes src/collegium/claims.json
 	$(BIN)/pytest -m claim tests/claims
 
 bench: $(STAMP)  ## every benchmark, as ratios against a peer in the same run
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/collegium bench experts
 	$(BIN)/collegium bench trace
 	$(BIN)/collegium bench measure
 	$(BIN)/collegium bench shrink
+	$(BIN)/collegium bench run
 
 docs: $(STAMP)   ## build the documentation into site/ (a broken link fails)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site

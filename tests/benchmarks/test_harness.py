@@ -42,10 +42,11 @@ def test_calls_take_turns_and_medians_ignore_an_outlier() -> None:
 
 
 def test_unknown_benchmarks_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="experts, measure, shrink, trace"):
+    with pytest.raises(ConfigError, match="experts, measure, run, shrink, trace"):
         harness.find("nonsense")
     result = CliRunner().invoke(app, ["bench"])
-    assert [line.partition(":")[0] for line in result.stdout.splitlines()] == ["experts", "measure", "shrink", "trace"]
+    names = [line.partition(":")[0] for line in result.stdout.splitlines()]
+    assert names == ["experts", "measure", "run", "shrink", "trace"]
 
 
 def test_verb_prints_rows_and_fails_where_a_goal_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:

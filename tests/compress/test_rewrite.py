@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 from collegium.compress import rewrite
 from collegium.compress.mask import apply_mask
 from collegium.compress.rewrite import apply_plan
-from collegium.compress.rewrite_files import shards, write_shards
 from collegium.compress.rewrite_layout import lay_out
 from collegium.errors import UnsupportedFamilyError
 from collegium.layer import moe_layers
 from collegium.models import MoEConfig, install, load, save
 from collegium.models.checkpoint import open_checkpoint, read_header
+from collegium.models.shards import shards, write_shards
 from collegium.models.summary import summarize
 from pruning import KEEPS, logits, plan_of, saved
 from tiny import SEAM, families, model_class, seam_model_type, tiny_model

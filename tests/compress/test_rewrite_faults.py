@@ -16,9 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from collegium.compress import rewrite, rewrite_files
+from collegium.compress import rewrite
 from collegium.compress.rewrite import apply_plan
 from collegium.errors import CheckpointError, ConfigError, PlanError, StorageError, UnsupportedFamilyError
+from collegium.models import shards as rewrite_files
 from collegium.models.checkpoint import open_checkpoint
 from pruning import plan_of, saved
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from collegium.compress import stream
 from collegium.compress.collectors import OutputMean, OutputNorms, ResidualTurn, RouterSums
 from collegium.compress.stream import calibrate
-from collegium.models.layerwise import LayerwiseModel
 from collegium.errors import (
     CheckpointError,
     ConfigError,
@@ -35,6 +34,7 @@ from collegium.measure.statistics import Statistics
 from collegium.measure.super_experts import DownMax
 from collegium.models import load
 from collegium.models.checkpoint import open_checkpoint
+from collegium.models.layerwise import LayerwiseModel
 from collegium.sites import register
 from tiny import families, tiny_model
 

@@ -1,12 +1,14 @@
 """The form of every benchmark: rows that compare us with a peer in one run, beside the physical limit.
 
 A benchmark is a module of this package with a docstring and a function ``run(quick, say) -> Iterator[Row]``;
-``collegium bench NAME`` finds it by its file name. `say` takes a line about what is being measured.
+``collegium bench NAME`` finds it by its file name. `say` takes a line about what is being measured. Modules whose names
+begin with an underscore are parts of benchmarks.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 import statistics
 import sys
@@ -32,13 +34,14 @@ class Row:
 
     Attributes:
         name: what was measured.
-        ours, peer: median seconds of a call, or another cost in `unit`; `peer` is None where nothing compares.
+        ours, peer: median seconds of a call, or another cost in `unit`; `peer` is None where nothing compares. `ours`
+            is NaN, and None in `record`, where nothing could be measured; `limit` says why.
         peer_name: which peer that was; where there are several, the fastest.
         goal: what `ratio` should reach, or None.
         limit: the physical bound in words and numbers.
         share: the part of that bound that we reach (1 is all of it), or None where there is none.
         most: what `ours` may be at most, or None.
-        unit: of `ours`, `peer` and `most`: "s" or "bytes".
+        unit: of `ours`, `peer` and `most`: "s" or "bytes", of which less is better, or "share", of which more is.
     """
 
     name: str
@@ -54,7 +57,9 @@ class Row:
     @property
     def ratio(self) -> float | None:
         """How many times as fast as the peer we are: above 1 is better for us."""
-        return None if self.peer is None else self.peer / self.ours
+        if self.peer is None:
+            return None
+        return self.ours / self.peer if self.unit == "share" else self.peer / self.ours
 
     @property
     def met(self) -> bool | None:
@@ -69,11 +74,16 @@ class Row:
     def record(self) -> dict[str, Any]:
         """The row as plain data."""
         fields = ("name", "ours", "peer", "peer_name", "ratio", "goal", "met", "limit", "share", "most", "unit")
-        return {name: getattr(self, name) for name in fields}
+        found = {name: getattr(self, name) for name in fields}
+        return found | ({"ours": None} if math.isnan(self.ours) else {})
 
 
-def cost(value: float, unit: str) -> str:
-    """Seconds or bytes as a person reads them."""
+def cost(value: float | None, unit: str) -> str:
+    """Seconds, bytes or a share as a person reads them; NaN and None were not measured."""
+    if value is None or math.isnan(value):
+        return "not measured"
+    if unit == "share":
+        return f"{value:.1%}"
     if unit == "bytes":
         return f"{value / 1e6:,.0f} MB"
     return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
@@ -97,7 +107,8 @@ def peak_memory() -> int:
 def benchmarks() -> list[str]:
     """Names of all benchmarks."""
     package = importlib.import_module("collegium.benchmarks")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "harness")
+    names = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return sorted(name for name in names if name != "harness" and not name.startswith("_"))
 
 
 def find(name: str) -> ModuleType:

@@ -45,20 +45,21 @@ def run(
     """Continue a prompt with a model, MoE or dense. Options left out are those of the model's generation config."""
     import torch
 
+    from collegium.cli._generation import encode, padding, sampling, streamer_for
     from collegium.cli._model import open_folder, open_model, open_tokenizer
 
-    sampling = _sampling(greedy, temperature, top_k, top_p, repetition_penalty)
+    chosen = sampling(greedy, temperature, top_k, top_p, repetition_penalty)
     if trace is not None:
         _check_trace(trace, overwrite)  # before a large model is read for nothing
     checkpoint = open_folder(model, trust_remote_code=trust_remote_code)
     folder = checkpoint.folder
     tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code)
     network = open_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    ids = _encode(tokenizer, sys.stdin.read() if prompt == "-" else prompt, network)
+    ids = encode(tokenizer, sys.stdin.read() if prompt == "-" else prompt, network)
     if seed is not None:
         torch.manual_seed(seed)
-    streamer = _streamer(tokenizer) if stream and not as_json else None
-    settings = {"max_new_tokens": max_new_tokens, "pad_token_id": _pad(tokenizer, network), **sampling}
+    streamer = streamer_for(tokenizer) if stream and not as_json else None
+    settings = {"max_new_tokens": max_new_tokens, "pad_token_id": padding(tokenizer, network), **chosen}
     start = time.perf_counter()
     if trace is None:
         with torch.inference_mode():
@@ -125,59 +126,3 @@ def _traced(network: Any, tokenizer: Any, ids: Any, trace: Path, streamer: Any, 
         **settings,
     )
     return seen[ids.shape[1] :]
-
-
-def _sampling(
-    greedy: bool,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    repetition_penalty: float | None,
-) -> dict[str, Any]:
-    from collegium.errors import ConfigError
-
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    given = {name: value for name, value in given.items() if value is not None}
-    if greedy and given:
-        raise ConfigError(f"--greedy takes the likeliest token, so {', '.join(given)} would do nothing; leave one out")
-    if temperature is not None and not temperature > 0:
-        raise ConfigError(f"temperature must be above 0, not {temperature}; --greedy is its limit at 0")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ConfigError(f"top_p must be above 0 and at most 1, not {top_p}")
-    if repetition_penalty is not None and not repetition_penalty > 0:
-        raise ConfigError(f"repetition_penalty must be above 0, not {repetition_penalty}")
-    penalty = {} if repetition_penalty is None else {"repetition_penalty": repetition_penalty}
-    return {"do_sample": not greedy, **given, **penalty}
-
-
-def _encode(tokenizer: Any, prompt: str, network: Any) -> Any:
-    """``[1, S]`` token ids, with the beginning-of-text token in front if the tokenizer has one."""
-    import torch
-
-    from collegium.cli._model import check_ids
-    from collegium.errors import ConfigError
-
-    ids = list(tokenizer(prompt).input_ids)
-    start = tokenizer.bos_token_id
-    if start is not None and ids[:1] != [start]:
-        ids.insert(0, start)
-    if not ids:
-        raise ConfigError("the prompt is empty and the tokenizer has no beginning-of-text token to start from")
-    check_ids(max(ids), network)
-    return torch.tensor([ids], device=network.device)
-
-
-def _pad(tokenizer: Any, network: Any) -> int:
-    ends = network.generation_config.eos_token_id
-    first = ends[0] if isinstance(ends, list) else ends
-    return next((token for token in (tokenizer.pad_token_id, first) if token is not None), 0)
-
-
-def _streamer(tokenizer: Any) -> Any:
-    from transformers import TextStreamer
-
-    class Stream(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            typer.echo(text, nl=stream_end)
-
-    return Stream(tokenizer, skip_prompt=True, skip_special_tokens=True)

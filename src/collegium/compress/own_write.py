@@ -26,11 +26,9 @@ from collegium.compress.matrices import LayerExperts, pack
 from collegium.compress.own import OwnLayer, OwnSection, Shrunk, build, own_config, read_section
 from collegium.compress.plan import Plan
 from collegium.compress.plan_layer import LayerPlan
-from collegium.compress.rewrite import Progress, check_space, source_state
+from collegium.compress.rewrite import Progress
 from collegium.compress.rewrite_compute import Computed
 from collegium.compress.rewrite_config import CARD, EDIT, copy_rest, write_edit, write_json
-from collegium.compress.rewrite_files import shards, write_shards
-from collegium.compress.rewrite_layout import Piece
 from collegium.compress.target import Target
 from collegium.errors import CheckpointError, ConfigError, PlanError, UnsupportedFamilyError
 from collegium.experts.loose import FUSED, LooseExpert
@@ -40,6 +38,7 @@ from collegium.measure.statistics import Statistics
 from collegium.models.checkpoint import BITS, Checkpoint, TensorInfo, open_checkpoint
 from collegium.models.families import lookup
 from collegium.models.folder import unique_tensors
+from collegium.models.shards import Piece, check_space, shards, source_state, write_shards
 from collegium.models.summary import layer_of, part_of, split_extra, summarize
 from collegium.sites import Site
 from collegium.sites.families import UNSUPPORTED

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,21 +20,20 @@ from torch import Tensor
 from collegium.compress.plan import Plan
 from collegium.compress.rewrite_compute import Computed, is_computed
 from collegium.compress.rewrite_config import copy_rest, edit_config, write_card, write_edit, write_json
-from collegium.compress.rewrite_files import shards, write_shards
-from collegium.compress.rewrite_layout import Block, Piece, lay_out
+from collegium.compress.rewrite_layout import Block, lay_out
 from collegium.compress.target import Target
 from collegium.errors import (
     CheckpointError,
     ConfigError,
     PlanError,
     RemoteCodeError,
-    StorageError,
     UnsupportedFamilyError,
 )
 from collegium.files import atomic_dir
 from collegium.measure.statistics import Statistics
 from collegium.models.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from collegium.models.families import lookup
+from collegium.models.shards import Piece, check_space, shards, source_state, write_shards
 from collegium.models.summary import Summary, part_of, predict_tensors, split_extra, summarize
 from collegium.sites.families import UNSUPPORTED
 
@@ -252,17 +250,3 @@ def _counter(progress: Progress | None, total: int) -> Callable[[int], None] | N
         progress(done, total)
 
     return step
-
-
-def check_space(out: Path, nbytes: int) -> None:
-    """Raise StorageError if there is no room for so many bytes where `out` is to be."""
-    place = next(parent for parent in out.absolute().parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < nbytes:
-        raise StorageError(f"{out} needs {nbytes / 1e9:.2f} GB, and {place} has {free / 1e9:.2f} GB free")
-
-
-def source_state(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Size, time of change and inode of everything the result is made from."""
-    stats = ((file.name, file.stat()) for file in folder.glob("*") if file.is_file())
-    return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -14,6 +13,7 @@ from collegium.compress.plan import Plan
 from collegium.compress.rewrite_layout import renumber
 from collegium.errors import CheckpointError
 from collegium.models.families import KEYS, SECTIONS
+from collegium.models.shards import copy_others
 from collegium.models.summary import layer_of
 
 __all__ = ["CARD", "EDIT", "copy_rest", "edit_config", "write_card", "write_edit", "write_json"]
@@ -23,11 +23,6 @@ EDIT = "collegium_edit.json"
 
 CARD, CONFIG = "README.md", "config.json"
 _QUANTISER_FILES = ("quantize_config.json", "hf_quant_config.json")
-_FOLDERS = ("additional_chat_templates",)
-_WEIGHTS = (
-    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack",
-    ".npz",
-)  # fmt: skip
 _MTP_COUNTS = (
     "num_nextn_predict_layers",
     "num_mtp_layers",
@@ -106,17 +101,10 @@ def _narrow(config: dict[str, Any], path: Path, before: int, after: int) -> None
 
 def copy_rest(folder: Path, out: Path, keep: Keep) -> None:
     """Copy tokenizer, generation config, chat templates, code and what else is no weights and not written by us."""
-    ours = (CONFIG, CARD, EDIT)
-    for file in sorted(folder.iterdir()):
-        if file.name.startswith(".") or file.name in ours or file.name.endswith(_WEIGHTS):
-            continue
-        if file.is_dir():
-            if file.name in _FOLDERS:
-                shutil.copytree(file, out / file.name)
-        elif file.name in _QUANTISER_FILES:
-            write_json(out / file.name, _follow(_read_json(file), keep))
-        else:
-            shutil.copyfile(file, out / file.name)
+    copy_others(folder, out, (CONFIG, CARD, EDIT, *_QUANTISER_FILES))
+    for name in _QUANTISER_FILES:
+        if (folder / name).is_file():
+            write_json(out / name, _follow(_read_json(folder / name), keep))
 
 
 def write_edit(out: Path, folder: Path, plan: Plan, keep: Keep, source: str, result: str) -> None:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 
 from collegium.errors import UnsupportedFamilyError
 from collegium.models.checkpoint import TensorInfo
+from collegium.models.shards import Piece
 from collegium.models.summary import layer_of, part_of
 
 __all__ = ["Block", "Piece", "lay_out", "renumber", "router_axis"]
@@ -31,30 +32,6 @@ _ROUTER_PACKED = re.compile(
 
 Block = tuple[str, int]
 """Path of the list a decoder layer is in, and its number there."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One tensor to write.
-
-    Attributes:
-        name, dtype, shape: as its header entry will say.
-        file: the source shard that holds its bytes; "" for a tensor that is computed.
-        ranges: (first byte in that file, length), in the order they are written.
-        computed: length in bytes of a tensor that is computed.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    ranges: tuple[tuple[int, int], ...]
-    computed: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Length in bytes."""
-        return self.computed + sum(length for _, length in self.ranges)
 
 
 def lay_out(

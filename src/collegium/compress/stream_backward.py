@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from collegium.compress.gradients import GradientBatch, Gradients
 from collegium.compress.stream_forward import Forward, Part, no_gradients
 from collegium.compress.stream_store import PartialRun
-from collegium.models.layerwise import LayerwiseModel
 from collegium.errors import ModelError
 from collegium.measure.collect import Collector, SiteCollection, weights_of
+from collegium.models.layerwise import LayerwiseModel
 from collegium.routing import Routing
 from collegium.sites import Site, sites
 from collegium.sites.adapters.seam import Seam

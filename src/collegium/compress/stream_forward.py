@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collegium.models.layerwise import LayerwiseModel
 from collegium.errors import UnsupportedFamilyError
+from collegium.models.layerwise import LayerwiseModel
 
 __all__ = ["Forward", "Part", "check_layers", "no_gradients"]
 

@@ -10,6 +10,8 @@ Legend: G sampled tokens, d model width, E experts, K slots, B blocks of documen
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -23,14 +25,27 @@ from collegium.routing import Router, router_from_gate
 from collegium.sites import Site, sites
 from collegium.trace import Trace
 
-__all__ = ["gate_recalls"]
+__all__ = ["RouterNorm", "carry_over", "find_norm", "gate_recalls", "norm_at"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Norm = tuple[Tensor, Tensor]
-"""``(weight [d], bias [d])`` of an affine map behind a normalisation, float32."""
 
 TOLERANCE = 0.03  # of the root mean square of a row; bfloat16 rounds each value by up to 0.004
 SAMPLE = 256  # rows that norms are checked on
+
+
+@dataclass(frozen=True, eq=False)
+class RouterNorm:
+    """The affine map behind the normalisation in front of a router.
+
+    Attributes:
+        scale, shift: ``[d]`` float32; what the router sees is ``normalised * scale + shift``.
+        place: where it was found, for `norm_at`: in the block or the decoder layer around it, the child's name, and
+            whether the scale is its weight plus 1.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    place: tuple[Literal["layer", "block"], str, bool]
 
 
 @torch.no_grad()
@@ -71,8 +86,7 @@ def gate_recalls(
             rows, inputs = rows[keep], torch.tensor(x[keep])
             if not len(rows):
                 continue
-            if first is not None and second is not None:
-                inputs = (inputs - first[1]) / first[0] * second[0] + second[1]
+            inputs = carry_over(inputs, first, second)
             experts = part.experts(next_layer)[rows - part.start]
             hits, used = _hits(router, inputs, experts, site.num_experts)
             sums += np.stack([np.bincount(block[rows], v, tokens.num_blocks) for v in (hits, used)], 1)
@@ -103,7 +117,7 @@ def _hits(router: Router, inputs: Tensor, experts: Array, E: int) -> tuple[Array
     return hits.sum(1), used.sum(1)
 
 
-def _norms(trace: Trace, model: nn.Module, found: dict[int, Site]) -> dict[int, Norm | None]:
+def _norms(trace: Trace, model: nn.Module, found: dict[int, Site]) -> dict[int, RouterNorm | None]:
     """The norm before each layer's router, None where none is found."""
     samples: dict[int, Array] = {}
     for part in trace.iter_parts([f"gate_input_{layer}" for layer in trace.layers]):
@@ -111,24 +125,61 @@ def _norms(trace: Trace, model: nn.Module, found: dict[int, Site]) -> dict[int, 
         if all(len(x) for x in samples.values()):
             break
     return {
-        layer: _norm(model, site, torch.tensor(samples[layer])) if len(samples.get(layer, ())) else None
+        layer: find_norm(model, site, torch.tensor(samples[layer])) if len(samples.get(layer, ())) else None
         for layer, site in found.items()
     }
 
 
-def _norm(model: nn.Module, site: Site, x: Tensor) -> Norm | None:
-    """Of all ``[d]`` weights in the decoder layer, as they are or plus 1: those that undo the norm of ``x [G, d]``."""
+def find_norm(model: nn.Module, site: Site, x: Tensor) -> RouterNorm | None:
+    """The norm in front of a router: of all that stand there, the one that recorded inputs undo.
+
+    Args:
+        model: that `site` is of.
+        site: of the router.
+        x: ``[G, d]`` some inputs of the router, at least one.
+
+    Returns:
+        None where no ``[d]`` weight beside or around the block leaves rows of mean square 1.
+    """
     best, least = None, TOLERANCE
-    for owner in (model.get_submodule(site.path.rpartition(".")[0]), site.block):
-        for module in owner.children():
-            weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-            if not isinstance(weight, Tensor) or weight.shape != x.shape[1:]:
-                continue
-            shift = bias.float().cpu() if isinstance(bias, Tensor) else torch.zeros(x.shape[1])
-            for scale in (weight.float().cpu(), 1 + weight.float().cpu()):
-                # rows of a tiny residual stream have less than 1, because of the norm's epsilon: hence the median
-                rms = ((x - shift) / scale).square().mean(1).sqrt()
-                error = float((rms - 1).abs().median())
-                if error < least:
-                    best, least = (scale, shift), error
+    x = x.float().cpu()
+    for one in _norms_around(model, site, x.shape[1:]):
+        # rows of a tiny residual stream have less than 1, because of the norm's epsilon: hence the median
+        rms = ((x - one.shift) / one.scale).square().mean(1).sqrt()
+        error = float((rms - 1).abs().median())
+        if error < least:
+            best, least = one, error
     return best
+
+
+def norm_at(model: nn.Module, site: Site, like: RouterNorm) -> RouterNorm | None:
+    """The norm in the place of `like` at another layer, for a router whose inputs are not known yet; None if there is
+    none."""
+    return next((one for one in _norms_around(model, site, like.scale.shape) if one.place == like.place), None)
+
+
+def carry_over(x: Tensor, first: RouterNorm | None, second: RouterNorm | None) -> Tensor:
+    """``x [G, d]`` behind the norm `first` -> behind the norm `second`; as it is where one of them is not known."""
+    if first is None or second is None:
+        return x
+    first_scale, first_shift, scale, shift = (
+        t.to(x.device) for t in (first.scale, first.shift, second.scale, second.shift)
+    )
+    return (x - first_shift) / first_scale * scale + shift
+
+
+def _norms_around(model: nn.Module, site: Site, shape: torch.Size) -> Iterator[RouterNorm]:
+    """Every weight of `shape` in the decoder layer and the block, as it is and plus 1."""
+    owners: tuple[tuple[Literal["layer", "block"], nn.Module], ...] = (
+        ("layer", model.get_submodule(site.path.rpartition(".")[0])),
+        ("block", site.block),
+    )
+    for where, owner in owners:
+        for name, module in owner.named_children():
+            weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+            if not isinstance(weight, Tensor) or weight.shape != shape:
+                continue
+            weight = weight.detach().float().cpu()
+            shift = bias.detach().float().cpu() if isinstance(bias, Tensor) else torch.zeros_like(weight)
+            for plus_one in (False, True):
+                yield RouterNorm(weight + 1 if plus_one else weight, shift, (where, name, plus_one))

@@ -154,6 +154,11 @@ def load(
         UnsupportedFamilyError: transformers has no language-model class for the config.
     """
     checkpoint = open_checkpoint(folder)
+    if (checkpoint.folder / "store.json").is_file():
+        raise CheckpointError(
+            f"{folder} is an expert store, whose experts are not among its tensors; use collegium run, or "
+            "collegium.offload.model.load_offloaded"
+        )
     if not trust_remote_code:
         refuse_remote_code(checkpoint.config)
     section = _section(checkpoint)

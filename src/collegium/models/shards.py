@@ -1,7 +1,7 @@
-"""Writing safetensors shards out of byte ranges of other ones; the bytes pass through the kernel where it can.
+"""Writing safetensors shards out of byte ranges of other ones, and copying what lies beside them.
 
-Nothing of them is decoded, so any dtype and any quantisation moves as it is, and memory does not grow with the
-checkpoint.
+The bytes pass through the kernel where it can. Nothing of them is decoded, so any dtype and any quantisation moves as
+it is, and memory does not grow with the checkpoint.
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import torch
 from torch import Tensor
 
-from collegium.compress.rewrite_layout import Piece
-from collegium.errors import CheckpointError, NonFiniteError
+from collegium.errors import CheckpointError, NonFiniteError, StorageError
 from collegium.models.checkpoint import BITS
 
-__all__ = ["SHARD_BYTES", "copy_range", "shards", "write_shards"]
+__all__ = ["SHARD_BYTES", "Piece", "check_space", "copy_others", "copy_range", "shards", "source_state", "write_shards"]
 
 SHARD_BYTES = 5_000_000_000
 """A shard ends before it grows beyond this; a tensor that is larger has a shard of its own."""
@@ -30,6 +31,35 @@ _STEP = 1 << 25  # bytes between two calls of `progress`
 _BUFFER = 1 << 20  # bytes, where the kernel cannot copy by itself; larger ones are slower
 _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 _KERNEL_COPY = getattr(os, "copy_file_range", None)  # Linux only
+_FOLDERS = ("additional_chat_templates",)
+_WEIGHTS = (
+    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack",
+    ".npz",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor to write.
+
+    Attributes:
+        name, dtype, shape: as its header entry will say.
+        file: the source shard that holds its bytes; "" for a tensor that is computed.
+        ranges: (first byte in that file, length), in the order they are written.
+        computed: length in bytes of a tensor that is computed.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    ranges: tuple[tuple[int, int], ...]
+    computed: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return self.computed + sum(length for _, length in self.ranges)
 
 
 def shards(pieces: list[Piece], limit: int = SHARD_BYTES) -> dict[str, list[Piece]]:
@@ -165,3 +195,28 @@ def _header(pieces: list[Piece]) -> bytes:
 def _write_all(target: int, content: bytes | memoryview) -> None:
     while content:  # a call may take a part of it
         content = content[os.write(target, content) :]
+
+
+def check_space(out: Path, nbytes: int) -> None:
+    """Raise StorageError if there is no room for so many bytes where `out` is to be."""
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < nbytes:
+        raise StorageError(f"{out} needs {nbytes / 1e9:.2f} GB, and {place} has {free / 1e9:.2f} GB free")
+
+
+def source_state(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Size, time of change and inode of everything the result is made from."""
+    stats = ((file.name, file.stat()) for file in folder.glob("*") if file.is_file())
+    return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats}
+
+
+def copy_others(folder: Path, out: Path, but: Collection[str]) -> None:
+    """Copy everything of a model folder that is no weights, except for the files of these names."""
+    for file in sorted(folder.iterdir()):
+        if file.name.startswith(".") or file.name in but or file.name.endswith(_WEIGHTS):
+            continue
+        if not file.is_dir():
+            shutil.copyfile(file, out / file.name)
+        elif file.name in _FOLDERS:
+            shutil.copytree(file, out / file.name)

@@ -1,0 +1,384 @@
+"""`Engine`: computes the experts of a model whose experts lie on a disk, with some of them in a bounded memory.
+
+transformers calls it in place of an experts module's forward. For one layer of one pass it asks the precision policy
+which copies are wanted, the caches which of them are there, starts the missing reads, computes what is there while they
+come, then the rest. What comes out does not depend on what was there: every expert writes rows of its own, and they are
+added up in one fixed order.
+
+Legend: T tokens of a pass, K slots, E experts of a layer, A assignments, n distinct experts, d model width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from torch import Tensor, nn
+
+from collegium.errors import NonFiniteError
+from collegium.offload.arithmetic import Arithmetic, Group, Kind, arithmetic
+from collegium.offload.assigned import Assigned, sort
+from collegium.offload.cache import Found
+from collegium.offload.events import EventLog
+from collegium.offload.geometry import Array, Geometry
+from collegium.offload.policies.base import Use
+from collegium.offload.pool import Done, Pool
+from collegium.offload.precision.base import Choice, PrecisionPolicy
+from collegium.offload.predictors.base import Moment, Predictor
+from collegium.offload.prefetch import Prefetch, plan
+from collegium.offload.store import ExpertSource, ReadQueue
+
+__all__ = ["AHEAD", "DISK", "MEMORY", "Engine", "Watcher"]
+
+MEMORY, AHEAD, DISK = range(3)
+"""Where an expert came from, as watchers are told: it was in memory, it was prefetched (perhaps still on its way), or
+it was read from the disk while its token waited."""
+
+FEW = 32
+"""Up to so many tokens of a pass a predictor is asked. A prompt's tokens need nearly all experts of every layer."""
+
+_SMOOTH = 0.9
+
+_SOURCE = np.array([MEMORY, AHEAD, AHEAD, DISK, MEMORY], np.uint8)  # by `Found`
+
+Watcher = Callable[[int, Array, Array, Array], None]
+"""``(decoder layer, experts [T, K], weights [T, K], source [T, K])``, called once for each MoE layer of each pass."""
+
+
+@dataclass(eq=False)
+class _Part:
+    """The experts of a step in one pool: those to be asked for, and those that have slots and are not computed yet."""
+
+    pool: Pool
+    left: Array
+    held: dict[int, int] = field(default_factory=dict)  # expert -> slot, in the order of requests
+    waiting: set[int] = field(default_factory=set)
+    rows: dict[int, int] = field(default_factory=dict)  # expert -> row of the log
+
+
+class Engine:
+    """Experts of one model from one source.
+
+    Args:
+        geometry: of the model's MoE layers.
+        source, reader: where experts are read from, and by whom.
+        pools: one for each precision that `precision` may choose.
+        done: the queue that the pools' reads end in.
+        precision: which copy of an expert a token gets.
+        predictor, prefetch: what is read ahead; None for demand only.
+        kind: of arithmetic.
+
+    Attributes:
+        found: ``[L, 5]`` requests by layer and `Found`.
+        stalled: seconds that passes waited for reads.
+        computed: seconds of experts' arithmetic.
+        log: gets every request, if `record_events` was called.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        source: ExpertSource,
+        reader: ReadQueue,
+        pools: Sequence[Pool],
+        done: Done,
+        precision: PrecisionPolicy,
+        predictor: Predictor | None = None,
+        prefetch: Prefetch | None = None,
+        kind: Kind = "fast",
+    ) -> None:
+        self.geometry, self.source, self.reader, self.precision = geometry, source, reader, precision
+        self.pools = {pool.bits: pool for pool in pools}
+        self.predictor, self.prefetch = predictor, prefetch
+        self.found = np.zeros((geometry.num_layers, len(Found)), np.int64)
+        self.stalled = self.computed = 0.0
+        self.evictions = self.called_off = self.passes = self.tokens = 0
+        self.log: EventLog | None = None
+        self._done = done
+        self._kind = kind
+        self._kernels: dict[tuple[int, int], Arithmetic] = {}
+        self._watchers: list[Watcher] = []
+        self._tokens: Array = np.empty(0, np.int64)
+        self._path: list[Array] = []
+        self._gate_input: Tensor | None = None
+        self._probabilities: Array | None = None
+        self._asked_at: float | None = None
+        self._layer_seconds: float | None = None  # from one layer's request to the next one's, lately
+
+    # ---- called by the model -----------------------------------------------------------------------------------------
+
+    def begin(self, tokens: Array) -> None:
+        """A forward pass of these token ids ``[T]`` starts."""
+        self._tokens, self._path = tokens, []
+        self.passes += 1
+        self.tokens += len(tokens)
+        if self._looks_ahead(len(tokens)):
+            self._read_ahead(-1)
+
+    def see_gate(self, x: Tensor | None, probabilities: Tensor | None) -> None:
+        """What the router of the layer that comes next sees ``[T, d]``, and its probabilities ``[T, E]``."""
+        self._gate_input = x
+        self._probabilities = None if probabilities is None else probabilities.float().mean(0).numpy()
+
+    @property
+    def sees_gates(self) -> tuple[bool, bool]:
+        """Whether the predictor asks for router inputs, and a policy for probabilities."""
+        inputs = self.predictor is not None and "gate_input" in self.predictor.needs
+        return inputs, any("probabilities" in pool.cache.policy.needs for pool in self.pools.values())
+
+    def run(self, layer: int, module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """The weighted sum of each token's experts.
+
+        Args:
+            layer: counted from 0.
+            module: the experts module, for its activation and norm; it has no weights.
+            x: ``[T, d]``.
+            index, weight: ``[T, K]``, ids from E on are unused slots.
+
+        Returns:
+            ``[T, d]`` in x's dtype.
+
+        Raises:
+            CheckpointError: an expert could not be read; the message names it. The engine can go on.
+            NonFiniteError: the router gave a weight that is NaN or infinite.
+        """
+        self._settle()
+        experts, weights = index.numpy(), weight.float().numpy()
+        if not np.isfinite(weights).all():
+            raise NonFiniteError(
+                f"the router of layer {self.geometry.layers[layer]} gives combine weights that are NaN or infinite"
+            )
+        wanted = self._choose(layer, experts, weights, decode=len(x) <= FEW)
+        assigned = sort(experts, weight, weights, self.geometry.experts[layer], wanted, self.precision.bits[0])
+        self.found[layer, Found.SKIP] += assigned.skipped
+        parts = self._parts(layer, assigned, len(x))
+        source = np.zeros(self.geometry.experts[layer] + 1, np.uint8)
+        first_kernel = self._kernel(layer, parts[0].pool.bits if parts else self.precision.bits[0], module)
+        rows, out = first_kernel.rows(x, len(assigned.token))
+        try:
+            self._request(layer, parts, source)
+            self._time_layer()
+            if self._looks_ahead(len(x)):
+                self._path.append(experts)
+                self._read_ahead(layer)
+            self._compute(layer, module, parts, rows, out, assigned, source)
+        except BaseException:
+            self._abandon(layer, parts)
+            raise
+        for part in parts:
+            self._tell(layer, part.pool, assigned, len(x))
+        for watch in self._watchers:
+            watch(self.geometry.layers[layer], experts, weights, source[np.minimum(experts, len(source) - 1)])
+        return first_kernel.combine(out, assigned.token, assigned.weight, assigned.edges, x)
+
+    # ---- one layer ---------------------------------------------------------------------------------------------------
+
+    def _choose(self, layer: int, experts: Array, weights: Array, decode: bool) -> Array | None:
+        """``[T, K]`` bits of each assignment; None where there is but one kind of copy."""
+        if self.precision.constant:
+            return None
+        resident = self.pools[self.precision.bits[0]].cache.is_resident(layer)
+        return self.precision.choose(Choice(layer, experts, weights, resident, decode))
+
+    def _parts(self, layer: int, assigned: Assigned, tokens: int) -> list[_Part]:
+        """The experts of each pool in the order to load them: the heaviest first, in a prompt the most popular."""
+        worth = assigned.mass if tokens <= FEW else assigned.counts
+        order = np.argsort(-worth, kind="stable")
+        parts = []
+        for bits, pool in self.pools.items():
+            own = order if len(self.pools) == 1 else order[assigned.bits[order] == bits]
+            if len(own):
+                parts.append(_Part(pool, assigned.experts[own]))
+        return parts
+
+    def _request(self, layer: int, parts: list[_Part], source: Array) -> None:
+        """Ask for as many as fit."""
+        for part in parts:
+            if not len(part.left):
+                continue
+            request = part.pool.cache.request(layer, part.left)
+            part.left = request.left
+            part.waiting |= part.pool.load(request)
+            part.held |= dict(zip(request.experts.tolist(), request.slots.tolist(), strict=True))
+            source[request.experts] = _SOURCE[request.found]
+            self.found[layer] += np.bincount(request.found, minlength=len(Found))
+            self.evictions += int((request.evicted >= 0).sum())
+            if self.log is not None:
+                row = self.log.add(self.passes, request, part.pool.bits, part.pool.sizes[layer])
+                part.rows |= {expert: row + at for at, expert in enumerate(request.experts.tolist())}
+
+    def _compute(
+        self,
+        layer: int,
+        module: nn.Module,
+        parts: list[_Part],
+        rows: Tensor,
+        out: Tensor,
+        assigned: Assigned,
+        source: Array,
+    ) -> None:
+        while any(part.held for part in parts):
+            for part in parts:
+                ready = self._ready(part)
+                if ready:
+                    start = time.perf_counter()
+                    record = part.pool.record
+                    groups: list[Group] = [(record(layer, part.held[e]), *assigned.rows[e]) for e in ready]
+                    self._kernel(layer, part.pool.bits, module).compute(rows, assigned.token, groups, out)
+                    self.computed += time.perf_counter() - start
+                    for expert in ready:
+                        del part.held[expert]
+                    part.pool.cache.release(layer, np.array(ready))
+            self._request(layer, parts, source)
+            if not any(self._ready(part) for part in parts) and any(part.waiting for part in parts):
+                self._wait(layer, parts)
+
+    @staticmethod
+    def _ready(part: _Part) -> list[int]:
+        """Experts to compute now. While others of the step have no slot yet they go one by one in the order of their
+        requests, so that who gives way to whom does not depend on how fast the disk was."""
+        if not len(part.left):
+            return [expert for expert in part.held if expert not in part.waiting]
+        oldest = next(iter(part.held), None)
+        return [] if oldest is None or oldest in part.waiting else [oldest]
+
+    def _wait(self, layer: int, parts: list[_Part]) -> None:
+        """Until a read has come; raises what went wrong with one that this step needs."""
+        start = time.perf_counter()
+        ended = [self._done.get()]
+        seconds = time.perf_counter() - start
+        self.stalled += seconds
+        while not self._done.empty():
+            ended.append(self._done.get())
+        errors = []
+        for pool, of, expert, ticket in ended:
+            pool.land(of, expert, ticket)
+            for part in parts:
+                if part.pool is pool and of == layer and expert in part.waiting:
+                    part.waiting.discard(expert)
+                    errors += [] if ticket.error is None else [ticket.error]
+                    if self.log is not None:
+                        self.log.wait(part.rows[expert], seconds)
+                        seconds = 0.0
+        if errors:
+            raise errors[0]
+
+    def _settle(self) -> None:
+        """Take note of the reads that have ended since. A prefetch that failed is read again if it is asked for."""
+        while not self._done.empty():
+            pool, layer, expert, ticket = self._done.get()
+            pool.land(layer, expert, ticket)
+
+    def _abandon(self, layer: int, parts: list[_Part]) -> None:
+        """A step has failed: leave caches and slots as if it had ended."""
+        while any(part.waiting for part in parts):
+            pool, of, expert, ticket = self._done.get()
+            pool.land(of, expert, ticket)
+            for part in parts:
+                if part.pool is pool and of == layer:
+                    part.waiting.discard(expert)
+        for part in parts:
+            part.pool.cache.release(layer, np.array(list(part.held), np.int64))
+
+    def _tell(self, layer: int, pool: Pool, assigned: Assigned, tokens: int) -> None:
+        own = np.flatnonzero(assigned.bits == pool.bits) if len(self.pools) > 1 else np.arange(len(assigned.experts))
+        own = own[np.argsort(-assigned.mass[own], kind="stable")]
+        pool.cache.finish(
+            Use(
+                layer=layer,
+                experts=assigned.experts[own],
+                weights=assigned.mass[own],
+                counts=assigned.counts[own],
+                exact=assigned.bits[own] == self.precision.bits[0],
+                probabilities=self._probabilities,
+                tokens=tokens,
+            )
+        )
+
+    def _time_layer(self) -> None:
+        now, before = time.perf_counter(), self._asked_at
+        self._asked_at = now
+        if before is not None:
+            last = self._layer_seconds or now - before
+            self._layer_seconds = _SMOOTH * last + (1 - _SMOOTH) * (now - before)
+
+    def _kernel(self, layer: int, bits: int, module: nn.Module) -> Arithmetic:
+        found = self._kernels.get((layer, bits))
+        if found is None:
+            found = arithmetic(self._kind, self.source.layers[layer].layouts[bits], module)
+            self._kernels[layer, bits] = found
+        return found
+
+    # ---- reading ahead -----------------------------------------------------------------------------------------------
+
+    def _looks_ahead(self, tokens: int) -> bool:
+        return self.predictor is not None and tokens <= FEW
+
+    def _read_ahead(self, layer: int) -> None:
+        """Ask the predictor, and start the reads that are worth it; in the most exact copy."""
+        assert self.predictor is not None
+        assert self.prefetch is not None
+        pool = self.pools[self.precision.bits[0]]
+        if layer >= 0:
+            self.called_off += pool.call_off(layer)
+        predictions = self.predictor.predict(Moment(layer, self._tokens, tuple(self._path), self._gate_input))
+        if "predictions" in pool.cache.policy.needs:
+            for prediction in predictions:
+                pool.cache.policy.expect(prediction.layer, prediction.scores)
+        wanted = plan(
+            self.prefetch,
+            predictions,
+            self.geometry,
+            pool.cache.is_resident,
+            seconds=self._layer_seconds,
+            per_load=self._load_seconds(),
+        )
+        for of, expert in wanted:
+            evicted = pool.prefetch(of, expert)
+            self.evictions += evicted is not None and evicted >= 0
+
+    def _load_seconds(self) -> float | None:
+        """Seconds that the disk is busy for one expert, from the reads so far."""
+        counters = self.reader.counters()
+        reads = counters.demand + counters.prefetch - counters.failed - counters.reading
+        return counters.seconds / self.reader.threads / reads if reads > 0 else None
+
+    # ---- what others ask ---------------------------------------------------------------------------------------------
+
+    def new_sequence(self) -> None:
+        """A new sequence starts; caches keep their content."""
+        for pool in self.pools.values():
+            pool.cache.policy.begin()
+        if self.predictor is not None:
+            self.predictor.begin()
+
+    def watch(self, watcher: Watcher) -> Callable[[], None]:
+        """Call `watcher` at every MoE layer; the result undoes it."""
+        self._watchers.append(watcher)
+        return lambda: self._watchers.remove(watcher)
+
+    def record_events(self) -> None:
+        """Log every request from now on."""
+        self.log = EventLog()
+
+    def counters(self) -> dict[str, float]:
+        """Totals since the start: requests by where they were found, bytes and seconds."""
+        found = self.found.sum(0).tolist()
+        names = ("hits", "prefetched", "late", "misses", "skipped")
+        return {
+            **{name: float(count) for name, count in zip(names, found, strict=True)},
+            "passes": float(self.passes),
+            "tokens": float(self.tokens),
+            "evictions": float(self.evictions),
+            "called_off": float(self.called_off),
+            "stall_seconds": self.stalled,
+            "compute_seconds": self.computed,
+            **{f"read_{name}": float(value) for name, value in asdict(self.reader.counters()).items()},
+        }
+
+    def close(self) -> None:
+        """Wait for what is under way, and end the readers."""
+        self.reader.close()
+        self.source.close()

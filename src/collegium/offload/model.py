@@ -1,0 +1,373 @@
+"""`load_offloaded`: a transformers model that computes its experts from a store, in a number of bytes that is kept.
+
+The model is the plain one of its family: attention, routers, cache, templates and ``generate`` are transformers' own.
+Its experts modules are there without weights, and their forward is the engine's, by way of transformers' own registry
+of experts implementations.
+
+Legend: T tokens of a pass, L MoE layers, K slots of a token, d model width, u rows of an expert's first matrix.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from collegium.errors import CheckpointError, ConfigError, NonFiniteError
+from collegium.experts.loose import FUSED
+from collegium.experts.stored import ExpertLayout
+from collegium.models.layerwise import LayerwiseModel
+from collegium.offload.arithmetic import Kind, arithmetic
+from collegium.offload.budget import Budget, parse_bytes, peak_bytes, resident_bytes, share_slots
+from collegium.offload.engine import Engine
+from collegium.offload.geometry import Geometry
+from collegium.offload.linear import stream_linears
+from collegium.offload.policies import PolicySettings
+from collegium.offload.policies.lru import LRU
+from collegium.offload.pool import Done, Pool
+from collegium.offload.precision.base import PrecisionPolicy, PrecisionSettings
+from collegium.offload.precision.fixed import Fixed
+from collegium.offload.predictors.base import Predictor
+from collegium.offload.prefetch import Prefetch
+from collegium.offload.slots import SlotPool
+from collegium.offload.store import ExpertSource, ReadQueue, open_source
+from collegium.sites import Site, sites
+from collegium.sites.adapters.base import flat
+
+__all__ = ["CHUNK", "NAME", "Offloaded", "load_offloaded"]
+
+NAME = "collegium-offload"
+"""Of the experts implementation."""
+
+CHUNK = 512
+"""Tokens of a prompt that go through the model at once; longer prompts go in several passes."""
+
+_CACHE_BLOCK = 256
+_ENGINE = "_collegium_engine"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is to run.
+
+    Attributes:
+        memory: bytes that the whole process may hold; None is no limit.
+        experts: slots for experts there may be at most; None is as many as the memory gives.
+        sequences: that run together.
+        policy, precision: of the cache.
+        predictor: what is read ahead; None for demand only. Fitted by the caller.
+        prefetch: how far ahead.
+        kind: "exact" is transformers' own arithmetic, bit for bit, and slow.
+        readers: threads that read.
+        chunk: see `CHUNK`.
+    """
+
+    memory: int | None = None
+    experts: int | None = None
+    sequences: int = 1
+    policy: PolicySettings = field(default_factory=LRU)
+    precision: PrecisionSettings = field(default_factory=Fixed)
+    predictor: Callable[[Any, Geometry], Predictor] | None = None
+    prefetch: Prefetch = field(default_factory=Prefetch)
+    kind: Kind = "fast"
+    readers: int = 3
+    chunk: int = CHUNK
+
+
+class Offloaded:
+    """A model whose experts are read as they are needed.
+
+    Attributes:
+        model: of transformers, in eval mode; ``generate`` works.
+        engine: what computes its experts.
+        budget: what the memory was planned for.
+        source: where experts are read from.
+        context, chunk: as planned.
+    """
+
+    def __init__(
+        self, model: Any, engine: Engine, budget: Budget, source: ExpertSource, context: int, chunk: int
+    ) -> None:
+        self.model, self.engine, self.budget, self.source = model, engine, budget, source
+        self.context, self.chunk = context, chunk
+
+    def counters(self) -> dict[str, float]:
+        """See `Engine.counters`."""
+        return self.engine.counters()
+
+    def watch(self, watcher: Any) -> Callable[[], None]:
+        """See `Engine.watch`."""
+        return self.engine.watch(watcher)
+
+    def close(self) -> None:
+        """End the reader threads and let go of the files. The model cannot run any more."""
+        self.engine.close()
+
+    def __enter__(self) -> Offloaded:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def load_offloaded(
+    path: str | Path,
+    *,
+    memory: int | str | None = None,
+    context: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    **settings: Any,
+) -> Offloaded:
+    """Open a store, or a plain model folder, to run with its experts on the disk.
+
+    Args:
+        path: written by `collegium.offload.store.pack`, or any Hugging Face MoE checkpoint in float32 or bfloat16.
+        memory: bytes for the whole process, or text such as "6GiB"; None keeps every expert once it was read.
+        context: tokens of a sequence, prompt included; None is the model's own length, at most 4096.
+        say: told what goes on.
+        settings: other fields of `Settings`.
+
+    Raises:
+        ConfigError: the memory is too little (the message has the smallest that works), or settings do not fit.
+        CheckpointError, NotMoEError, UnsupportedFamilyError, NonFiniteError: the model cannot be used.
+    """
+    nbytes = parse_bytes(memory) if isinstance(memory, str) else memory
+    source = open_source(path)
+    try:
+        return _load(source, Settings(memory=nbytes, **settings), context, say)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _load(source: ExpertSource, settings: Settings, context: int | None, say: Callable[[str], None]) -> Offloaded:
+    before = resident_bytes()
+    geometry = Geometry(
+        experts=tuple(layer.num_experts for layer in source.layers),
+        top_k=tuple(layer.top_k for layer in source.layers),
+        layers=tuple(layer.layer for layer in source.layers),
+    )
+    precision = settings.precision.build(geometry, tuple(sorted(source.layers[0].layouts, reverse=True)))
+    _refuse_hopeless(source, settings.memory, before)
+    say("reading the weights besides the experts")
+    model, found = _build(source)
+    context = _context(model, context)
+    chunk = min(settings.chunk, context)
+    say("measuring what a pass takes")
+    weights = sum(tensor.nbytes for tensor in _unique(model))
+    needs = _measure(model, found, source, precision, settings.kind, chunk)
+    budget = share_slots(
+        settings.memory,
+        process=max(needs.resident - weights, 0),
+        weights=weights,
+        # a cache grows by blocks, and while it does one of its layers is there twice
+        cache=settings.sequences * int(needs.cache_start + needs.cache_token * (context + _CACHE_BLOCK)),
+        working=needs.working + settings.readers * source.scratch_nbytes,
+        slot={bits: SlotPool.slot_bytes(_sizes(source, bits)) for bits in precision.used_bits},
+        most=geometry.total if settings.experts is None else min(settings.experts, geometry.total),
+        least=max(geometry.num_layers, max(geometry.top_k)),
+    )
+    reader = ReadQueue(source, settings.readers)
+    done: Done = queue.SimpleQueue()
+    pools = [
+        Pool(geometry, bits, _sizes(source, bits), settings.policy.build(geometry, count), reader, done)
+        for bits, count in budget.slots.items()
+    ]
+    predictor = None if settings.predictor is None else settings.predictor(model, geometry)
+    engine = Engine(geometry, source, reader, pools, done, precision, predictor, settings.prefetch, kind=settings.kind)
+    _connect(model, found, engine)
+    return Offloaded(model, engine, budget, source, context, chunk)
+
+
+def _sizes(source: ExpertSource, bits: int) -> list[int]:
+    return [layer.layouts[bits].nbytes for layer in source.layers]
+
+
+def _refuse_hopeless(source: ExpertSource, memory: int | None, process: int) -> None:
+    """Before minutes of reading: the weights that must be in memory anyway."""
+    weights = sum(info.nbytes for name, info in source.checkpoint.tensors.items() if name not in source.expert_tensors)
+    if memory is not None and weights + process > memory:
+        raise ConfigError(
+            f"{memory / 2**30:.2f} GiB is too little: the weights besides the experts take {weights / 2**30:.2f} GiB "
+            f"and the interpreter {process / 2**30:.2f} GiB already, and some experts must fit, too"
+        )
+
+
+def _context(model: Any, asked: int | None) -> int:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    if asked is not None and not 1 <= asked <= longest:
+        raise ConfigError(f"a context of {asked} tokens; this model takes 1 to {longest}")
+    return min(longest, 4096) if asked is None else asked
+
+
+# ---- the model without its experts -----------------------------------------------------------------------------------
+
+
+def _build(source: ExpertSource) -> tuple[Any, list[Site]]:
+    """The model with its weights besides the experts, whose modules compute zeros; and its sites, as the source has."""
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_forward)
+    layerwise = LayerwiseModel(source.checkpoint)
+    model = layerwise.model
+    by_path = {site.path: site for site in sites(model)}
+    missing = [layer.path for layer in source.layers if layer.path not in by_path]
+    if missing or len(by_path) != len(source.layers):
+        raise CheckpointError(f"{source.checkpoint.folder}: its MoE blocks are not those of the store: {missing[:4]}")
+    found = [by_path[layer.path] for layer in source.layers]
+    names = {module: path for path, module in model.named_modules()}
+    fused = [f"{names[site.experts]}.{name}" for site in found for name in FUSED if hasattr(site.experts, name)]
+    layerwise.fill(*fused)
+    _drop_pages(source)
+    for site in found:
+        experts: Any = site.experts
+        experts.config._experts_implementation = NAME
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta and name not in fused:
+            raise CheckpointError(f"{source.checkpoint.folder}: {name!r} is not in the checkpoint")
+        if not tensor.is_meta and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(f"{source.checkpoint.folder}: {name!r} holds NaN or infinity")
+    if (source.checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.checkpoint.folder, local_files_only=True)
+    stream_linears(model)
+    return model, found
+
+
+def _drop_pages(source: ExpertSource) -> None:
+    """What was read of the weight files has been copied; in the page cache it would count against the budget."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file in {info.file for info in source.checkpoint.tensors.values()}:
+        handle = os.open(source.checkpoint.folder / file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+
+
+def _unique(model: nn.Module) -> list[Tensor]:
+    tensors = [*model.parameters(), *model.buffers()]
+    return list({tensor.data_ptr(): tensor for tensor in tensors if not tensor.is_meta}.values())
+
+
+def _experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers calls in place of an experts module's own forward."""
+    connected = module.__dict__.get(_ENGINE)
+    if connected is None:  # while the passes are measured that experts have no part in
+        return torch.zeros_like(hidden_states)
+    engine, layer = connected
+    return engine.run(layer, module, hidden_states, top_k_index, top_k_weights)
+
+
+def _connect(model: Any, found: list[Site], engine: Engine) -> None:
+    """Let the model call the engine."""
+
+    def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        cache = kwargs.get("past_key_values")
+        if cache is None or cache.get_seq_length() == 0:
+            engine.new_sequence()
+        engine.begin(torch.empty(0).numpy() if ids is None else ids.reshape(-1).numpy())
+
+    model.register_forward_pre_hook(start, with_kwargs=True)
+    inputs, probabilities = engine.sees_gates
+    for layer, site in enumerate(found):
+        setattr(site.experts, _ENGINE, (engine, layer))
+        if inputs or probabilities:
+            site.gate.register_forward_hook(_gate_hook(engine, site, probabilities))
+
+
+def _gate_hook(engine: Engine, site: Site, probabilities: bool) -> Callable[..., None]:
+    make = {"sigmoid": torch.sigmoid}.get(site.score, lambda logits: logits.float().softmax(-1))
+
+    def see(gate: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        logits = flat(site.adapter.logits(output))[:, : site.num_experts] if probabilities else None
+        engine.see_gate(flat(args[0]), None if logits is None else make(logits))
+
+    return see
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """Bytes that were measured.
+
+    Attributes:
+        resident: held by the process with the model loaded and everything compiled.
+        working: more than that at the peak of a pass.
+        cache_start, cache_token: of one sequence's cache, at its start and for each token.
+    """
+
+    resident: int
+    working: int
+    cache_start: float
+    cache_token: float
+
+
+@torch.inference_mode()
+def _measure(
+    model: Any, found: list[Site], source: ExpertSource, precision: PrecisionPolicy, kind: Kind, chunk: int
+) -> _Needs:
+    """Run the model without its experts on the largest pass and on one token, and one expert on as many rows."""
+    short = max(1, chunk // 2)
+    _forward(model, 1)  # compiles and starts what is done once
+    _forward_experts(found, source, precision, kind, 1)
+    with _peak() as few:
+        first = _forward(model, short)
+    with _peak() as many:
+        second = _forward(model, chunk)
+    rows = max(layer.top_k for layer in source.layers) * chunk
+    with _peak() as experts:
+        _forward_experts(found, source, precision, kind, rows)
+    slope = max(0.0, (second - first) / max(chunk - short, 1))
+    working = max(few.bytes, many.bytes) + experts.bytes
+    return _Needs(resident_bytes(), working, max(0.0, second - slope * chunk), slope)
+
+
+def _forward(model: Any, tokens: int) -> int:
+    """One pass of so many tokens; bytes of the cache after it."""
+    cache = DynamicCache(config=model.config)
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return sum(tensor.nbytes for layer in cache.layers for tensor in vars(layer).values() if isinstance(tensor, Tensor))
+
+
+def _forward_experts(
+    found: list[Site], source: ExpertSource, precision: PrecisionPolicy, kind: Kind, rows: int
+) -> None:
+    """An expert of zeros in each layout there is, with all rows of a pass."""
+    layouts: dict[ExpertLayout, tuple[Site, int]] = {}
+    for site, layer in zip(found, source.layers, strict=True):
+        for bits in precision.used_bits:
+            layouts.setdefault(layer.layouts[bits], (site, rows))
+    dtype = next(tensor.dtype for tensor in found[0].gate.parameters())
+    for layout, (site, count) in layouts.items():
+        slot = SlotPool(1, layout.nbytes)
+        run = arithmetic(kind, layout, site.experts)
+        x, out = run.rows(torch.zeros(count, layout.d, dtype=dtype), count)
+        run.compute(x, torch.arange(count), [(slot.record(0, layout.nbytes), 0, count)], out)
+        run.combine(out, torch.arange(count), torch.ones(count), [0, count], x)
+
+
+class _Peak:
+    bytes = 0
+
+
+@contextmanager
+def _peak() -> Iterator[_Peak]:
+    """How much more was held within the context than before it, at the most. Linux only; 0 elsewhere."""
+    found, reset = _Peak(), Path("/proc/self/clear_refs")
+    before = resident_bytes()
+    if reset.exists():
+        reset.write_text("5")  # the peak starts again from here
+    yield found
+    found.bytes = max(0, peak_bytes() - before)
