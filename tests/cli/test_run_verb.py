@@ -53,7 +53,17 @@ def test_text_is_that_of_transformers_in_bfloat16(store: Path) -> None:
     for model in (store, "demo"):
         found = json.loads(
             run(
-                model, "--prompt", PROMPT, "--greedy", "--max-new-tokens", 48, "--experts", 24, "--exact", "--json"
+                model,
+                "--prompt",
+                PROMPT,
+                "--greedy",
+                "--max-new-tokens",
+                48,
+                "--experts",
+                24,
+                "--arithmetic",
+                "exact",
+                "--json",
             ).stdout
         )
         assert found["text"] == expected

@@ -156,7 +156,7 @@ def test_the_bound_is_the_policy_opt(tmp_path: Path) -> None:
     assert simulate(passes, settings_of("lru:scope=global", 5), COST).distance >= 0
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3, unique=True), max_size=30), st.integers(1, 6))
 def test_the_bound_on_any_stream(steps: list[list[int]], capacity: int) -> None:
     geometry = Geometry(experts=(6,), top_k=(3,), layers=(0,))

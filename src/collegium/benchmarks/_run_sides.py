@@ -67,6 +67,12 @@ class Ours(_Torch):
         self.loaded = load_offloaded(path, memory=memory, context=context)
         self.model = self.loaded.model
 
+    def prompt(self, tokens: list[int]) -> Any:
+        from collegium.decode.kv import kv_cache  # what our server keeps keys and values in
+
+        self.cache = kv_cache(self.model.config)
+        return self._forward(tokens)
+
     def read(self) -> float:
         return self.loaded.counters()["read_bytes"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collegium.offload.model import Offloaded
 
 __all__ = [
+    "Arithmetic",
     "Context",
     "Experts",
     "Memory",
@@ -29,6 +30,13 @@ __all__ = [
     "open_offloaded",
 ]
 
+Arithmetic = Annotated[
+    str,
+    typer.Option(
+        "--arithmetic",
+        help="fast; float32 (what goes into 8-bit and 4-bit experts is not rounded); exact (transformers' own, slow).",
+    ),
+]
 Memory = Annotated[
     str | None,
     typer.Option("--memory", help="All that the process may hold, such as 6GiB; without it no expert ever leaves."),
@@ -66,7 +74,7 @@ def open_offloaded(
     prefetch: str,
     fit: Path | None,
     sequences: int = 1,
-    exact: bool = False,
+    arithmetic: str = "fast",
 ) -> Offloaded:
     """The model, ready to run; what goes on is said on standard error.
 
@@ -75,11 +83,14 @@ def open_offloaded(
     from rich.console import Console
 
     from collegium.assets import model_folder
+    from collegium.offload.arithmetic import Kind
     from collegium.offload.model import load_offloaded
     from collegium.offload.policies import find_policy
     from collegium.offload.precision import find_precision
     from collegium.offload.prefetch import find_prefetch
 
+    if arithmetic not in get_args(Kind):
+        raise ConfigError(f"--arithmetic is {', '.join(get_args(Kind))}, not {arithmetic!r}")
     if predictor is None and fit is not None:
         raise ConfigError("--fit is what a --predictor learns from; name one, or leave it out")
     console = Console(stderr=True)
@@ -95,7 +106,7 @@ def open_offloaded(
             precision=find_precision(precision),
             predictor=None if predictor is None else _maker(predictor, fit),
             prefetch=find_prefetch(prefetch),
-            kind="exact" if exact else "fast",
+            kind=arithmetic,
         )
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from collegium.cli._offload import (
+    Arithmetic,
     Context,
     Experts,
     Memory,
@@ -44,14 +45,12 @@ def run(
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
     context: Context = None,
     experts: Experts = None,
-    policy: Policy = "lru",
+    policy: Policy = "lfu",
     precision: Precision = "fixed",
     predictor: PredictorName = None,
     prefetch: PrefetchWidth = "",
     fit: TraceFile = None,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="transformers' own arithmetic, bit for bit; slow, and from 16 bits up.")
-    ] = False,
+    arithmetic: Arithmetic = "fast",
     watch: Annotated[bool, typer.Option("--watch", help="Show where experts come from while it writes.")] = False,
     log: Annotated[
         Path | None, typer.Option("--log", help="Write every request of an expert here, as Parquet.")
@@ -93,7 +92,7 @@ def run(
         predictor=predictor,
         prefetch=prefetch,
         fit=fit,
-        exact=exact,
+        arithmetic=arithmetic,
     )
     with found:
         if plan:

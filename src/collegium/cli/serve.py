@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from collegium.cli._offload import (
+    Arithmetic,
     Context,
     Experts,
     Memory,
@@ -41,11 +42,12 @@ def run(
     drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds to finish requests at the end.")] = 30.0,
     context: Context = None,
     experts: Experts = None,
-    policy: Policy = "lru",
+    policy: Policy = "lfu",
     precision: Precision = "fixed",
     predictor: PredictorName = None,
     prefetch: PrefetchWidth = "",
     fit: TraceFile = None,
+    arithmetic: Arithmetic = "fast",
 ) -> None:
     """Serve a MoE model under a budget of memory: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics.
 
@@ -76,6 +78,7 @@ def run(
         predictor=predictor,
         prefetch=prefetch,
         fit=fit,
+        arithmetic=arithmetic,
         sequences=requests,
     )
     with found:

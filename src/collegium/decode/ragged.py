@@ -23,6 +23,7 @@ from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
 from collegium.decode.kv import kv_cache
+from collegium.models.attention import NAME as LEAN
 
 __all__ = ["RaggedCache", "RaggedStep", "unbatched_reason"]
 
@@ -192,7 +193,7 @@ def unbatched_reason(model: Any) -> str | None:
     # the scaling follows the longest sequence of a forward, so neighbours in a batch would change it
     if found := _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"}:
         return f"{type(model).__name__} scales positions by the length of the batch (rope type {', '.join(found)})"
-    if (name := config._attn_implementation) not in ("eager", "sdpa"):
+    if (name := config._attn_implementation) not in ("eager", "sdpa", LEAN):
         return f"attention implementation {name!r} is neither eager nor sdpa"
     return None
 

@@ -16,13 +16,16 @@ from torch.nn import functional as F
 from collegium.errors import ConfigError
 from collegium.experts.compute import jit
 from collegium.experts.compute.cpu_products import add_rows
-from collegium.experts.compute.stored import StoredExperts
+from collegium.experts.compute.stored import Precision, StoredExperts
 from collegium.experts.from_module import expert_weights
 from collegium.experts.stored import ExpertLayout
 
 __all__ = ["Arithmetic", "Group", "Kind", "Stored", "Unchanged", "arithmetic"]
 
-Kind = Literal["fast", "exact"]
+Kind = Literal["fast", "float32", "exact"]
+"""How experts are computed: "fast" with float32 sums, and in copies of 8 and 4 bits with rows that are rounded to 8
+bits, as llama.cpp does; "float32" without that rounding; "exact" as transformers computes, bit for bit."""
+
 Group = tuple[Tensor, int, int]
 """Record of an expert, first and last of its rows."""
 
@@ -41,11 +44,13 @@ class Arithmetic(Protocol):
 
 
 class Stored:
-    """float32 sums over weights as they are stored; see `StoredExperts`."""
+    """float32 sums over weights as they are stored; see `StoredExperts`. With `rounded`, rows go in as 8 bits where the
+    weights have no more."""
 
-    def __init__(self, layout: ExpertLayout, module: nn.Module) -> None:
+    def __init__(self, layout: ExpertLayout, module: nn.Module, rounded: bool) -> None:
         weights = expert_weights(module)
-        self._run = StoredExperts(layout, weights.activation, weights.fused_activation)
+        rows: Precision = "int8" if rounded and layout.bits <= 8 else "float32"
+        self._run = StoredExperts(layout, weights.activation, weights.fused_activation, rows)
         self._norm = weights.post_norm
 
     def rows(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -107,4 +112,4 @@ def _plus(rows: Tensor, bias: Tensor | None) -> Tensor:
 
 def arithmetic(kind: Kind, layout: ExpertLayout, module: nn.Module) -> Arithmetic:
     """The arithmetic of that name for one layer's experts module, which need not have its weights."""
-    return Unchanged(layout, module) if kind == "exact" else Stored(layout, module)
+    return Unchanged(layout, module) if kind == "exact" else Stored(layout, module, rounded=kind == "fast")

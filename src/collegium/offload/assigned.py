@@ -58,6 +58,19 @@ def sort(experts: Array, weight: Tensor, weights: Array, E: int, wanted: Array |
         wanted: ``[T, K]`` bits of each assignment or `SKIP`; None is `bits` for all.
     """
     T = len(experts)
+    if T == 1 and wanted is None and int(experts.max()) < E:  # a token of one sequence: nothing to group
+        order = experts[0].argsort()
+        n = len(order)
+        copies = np.full(n, bits, np.uint8)
+        return Assigned(
+            experts[0, order],
+            list(range(n + 1)),
+            torch.zeros(n, dtype=torch.long),
+            weight[0, torch.from_numpy(order)],
+            weights[0, order],
+            copies,
+            0,
+        )
     ids = experts.T.reshape(-1)
     live = ids < E
     skipped = 0

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from torch import Tensor, nn
 
-from collegium.errors import NonFiniteError
+from collegium.errors import ConfigError, NonFiniteError
 from collegium.offload.arithmetic import Arithmetic, Group, Kind, arithmetic
 from collegium.offload.assigned import Assigned, sort
 from collegium.offload.cache import Found
@@ -219,7 +219,9 @@ class Engine:
         assigned: Assigned,
         source: Array,
     ) -> None:
-        while any(part.held for part in parts):
+        while any(part.held or len(part.left) for part in parts):
+            if not any(part.held for part in parts):
+                raise ConfigError(f"no slot can be freed for layer {layer}: prefetches hold them all")
             for part in parts:
                 ready = self._ready(part)
                 if ready:

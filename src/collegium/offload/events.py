@@ -15,15 +15,17 @@ Columns of the Parquet file, one row a request:
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from collegium.errors import TraceError
 from collegium.files import atomic_file
 from collegium.offload.cache import Found, Request
 from collegium.offload.geometry import Array
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["EventLog"]
 
@@ -38,7 +40,12 @@ _COLUMNS = {
     "bytes": np.uint64,
     "waited": np.float32,
 }
-_SCHEMA = pa.schema([pa.field(name, pa.from_numpy_dtype(dtype), nullable=False) for name, dtype in _COLUMNS.items()])
+
+
+def _schema() -> pa.Schema:
+    import pyarrow as pa  # 30 MB of an engine's memory, for something it does at the end if at all
+
+    return pa.schema([pa.field(name, pa.from_numpy_dtype(dtype), nullable=False) for name, dtype in _COLUMNS.items()])
 
 
 class EventLog:
@@ -108,7 +115,10 @@ class EventLog:
 
     def save(self, file: Path) -> None:
         """Write the log as Parquet. Raises StorageError."""
-        table = pa.table([pa.array(self[name]) for name in _COLUMNS], schema=_SCHEMA)
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.table([pa.array(self[name]) for name in _COLUMNS], schema=_schema())
         with atomic_file(file) as partial:
             pq.write_table(table, partial, compression="zstd")
 
@@ -119,11 +129,13 @@ class EventLog:
         Raises:
             TraceError: the file is not readable or not an event log.
         """
+        import pyarrow.parquet as pq
+
         try:
             table = pq.read_table(file)
         except Exception as error:  # foreign bytes; what their parser raises is not ours to list
             raise TraceError(f"{file} is not readable as an event log: {error}") from error
-        if table.schema.names != _SCHEMA.names or table.schema.types != _SCHEMA.types:
+        if table.schema.names != _schema().names or table.schema.types != _schema().types:
             raise TraceError(f"{file} is not an event log: its columns are {', '.join(table.schema.names)}")
         found = cls()
         found._columns = {name: table.column(name).to_numpy().copy() for name in _COLUMNS}

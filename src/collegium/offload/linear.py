@@ -6,27 +6,42 @@ decodes, attention and the output layer are such products, and as large as the e
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
 from collegium.experts.compute import jit
-from collegium.experts.compute.cpu_kernels import MIN_WIDTH
-from collegium.experts.compute.cpu_products import Products
+from collegium.experts.compute.cpu_kernels import MIN_WIDTH, address
+from collegium.experts.compute.cpu_pool import launch
+from collegium.experts.compute.cpu_products import LIMITS
 
 __all__ = ["stream_linears"]
+
+_ITEM_ROWS = 192  # of a matrix, that a thread takes at a time
 
 
 class _Streamed(nn.Linear):
     """A linear map whose sums are float32 over weights as they are stored, each read once."""
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = input.reshape(-1, self.in_features).float().contiguous()
-        out = torch.empty(len(rows), self.out_features)
-        # a buffer of float32 for each of them would double the model, so none is kept
-        Products().dot(rows, self.weight[None], [(0, 0, len(rows))], out)
+        rows = input.reshape(-1, self.in_features).float()
+        count, p, q = len(rows), self.out_features, self.in_features
+        out = torch.empty(count, p)
+        if count <= LIMITS["dot", torch.bfloat16]:
+            splits = max(1, p // _ITEM_ROWS)
+            numbers = (splits, splits, p, q, self.weight.data_ptr(), rows.data_ptr(), out.data_ptr(), 0, 0, count)
+            launch(_kernel(), *numbers)
+        else:  # a widened copy of each matrix would double the model, so none is kept
+            torch.mm(rows, self.weight.T.float(), out=out)
         if self.bias is not None:
             out += self.bias
-        return out.to(input.dtype).view(*input.shape[:-1], self.out_features)
+        return out.to(input.dtype).view(*input.shape[:-1], p)
+
+
+@functools.cache
+def _kernel() -> int:
+    return address("rows_dot_bfloat16")
 
 
 def stream_linears(model: nn.Module) -> int:

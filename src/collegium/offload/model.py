@@ -25,6 +25,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from collegium.errors import CheckpointError, ConfigError, NonFiniteError
 from collegium.experts.loose import FUSED
 from collegium.experts.stored import ExpertLayout
+from collegium.models.attention import use_lean_attention
 from collegium.models.layerwise import LayerwiseModel
 from collegium.offload.arithmetic import Kind, arithmetic
 from collegium.offload.budget import Budget, parse_bytes, peak_bytes, resident_bytes, share_slots
@@ -32,7 +33,7 @@ from collegium.offload.engine import Engine
 from collegium.offload.geometry import Geometry
 from collegium.offload.linear import stream_linears
 from collegium.offload.policies import PolicySettings
-from collegium.offload.policies.lru import LRU
+from collegium.offload.policies.lfu import LFU
 from collegium.offload.pool import Done, Pool
 from collegium.offload.precision.base import PrecisionPolicy, PrecisionSettings
 from collegium.offload.precision.fixed import Fixed
@@ -66,7 +67,7 @@ class Settings:
         policy, precision: of the cache.
         predictor: what is read ahead; None for demand only. Fitted by the caller.
         prefetch: how far ahead.
-        kind: "exact" is transformers' own arithmetic, bit for bit, and slow.
+        kind: of arithmetic, see `Kind`.
         readers: threads that read.
         chunk: see `CHUNK`.
     """
@@ -74,7 +75,7 @@ class Settings:
     memory: int | None = None
     experts: int | None = None
     sequences: int = 1
-    policy: PolicySettings = field(default_factory=LRU)
+    policy: PolicySettings = field(default_factory=LFU)
     precision: PrecisionSettings = field(default_factory=Fixed)
     predictor: Callable[[Any, Geometry], Predictor] | None = None
     prefetch: Prefetch = field(default_factory=Prefetch)
@@ -160,6 +161,9 @@ def _load(source: ExpertSource, settings: Settings, context: int | None, say: Ca
     _refuse_hopeless(source, settings.memory, before)
     say("reading the weights besides the experts")
     model, found = _build(source)
+    if settings.kind != "exact":
+        stream_linears(model)
+        use_lean_attention(model)
     context = _context(model, context)
     chunk = min(settings.chunk, context)
     say("measuring what a pass takes")
@@ -236,7 +240,6 @@ def _build(source: ExpertSource) -> tuple[Any, list[Site]]:
             raise NonFiniteError(f"{source.checkpoint.folder}: {name!r} holds NaN or infinity")
     if (source.checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.checkpoint.folder, local_files_only=True)
-    stream_linears(model)
     return model, found
 
 
