@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from collegium.assets import SHIPPED
 from collegium.cli.main import app
 from collegium.errors import CollegiumError
+from collegium.offload.cost import CostModel
 from collegium.offload.events import EventLog
 from collegium.offload.store import pack
 
@@ -76,10 +77,25 @@ def test_text_is_that_of_transformers_in_bfloat16(store: Path) -> None:
 
 def test_every_option_of_the_engine_is_taken(store: Path, tmp_path: Path) -> None:
     options = ["--policy", "lfu", "--predictor", "gate_reuse:depth=2", "--prefetch", "width=3,depth=2", "--experts", 30]
-    options += ["--log", tmp_path / "events.parquet", "--context", 128, "--max-new-tokens", 8, "--seed", 1, "--json"]
+    options += [
+        "--cost",
+        tmp_path / "cost.json",
+        "--log",
+        tmp_path / "events.parquet",
+        "--context",
+        128,
+        "--max-new-tokens",
+        8,
+        "--seed",
+        1,
+        "--json",
+    ]
     found = json.loads(run(store, "--prompt", PROMPT, *options).stdout)
     again = json.loads(run(store, "--prompt", PROMPT, "--max-new-tokens", 8, "--seed", 1, "--json").stdout)
     assert found["text"] == again["text"]
+    cost = CostModel.load(tmp_path / "cost.json")
+    assert cost.layer_seconds > 0
+    assert cost.expert[16][0][0] == 1
     log = EventLog.load(tmp_path / "events.parquet")
     assert len(log) == pq.read_metadata(tmp_path / "events.parquet").num_rows > 0
     assert {1, 2} & set(log["found"].tolist())  # something was prefetched

@@ -14,18 +14,25 @@ from hypothesis import strategies as st
 
 from collegium.errors import CheckpointError, ConfigError, NonFiniteError
 from collegium.offload import model as offload_model
+from collegium.offload.cost import CostModel
 from collegium.offload.geometry import Geometry
 from collegium.offload.model import load_offloaded
+from collegium.offload.policies import find_policy
 from collegium.offload.policies.lru import LRU
 from collegium.offload.predictors.base import Moment, Prediction, Predictor
 from collegium.offload.prefetch import Prefetch
+from collegium.offload.simulate import SimulationSettings, simulate
 from collegium.offload.store import pack
+from collegium.trace import record_generate
 from tiny import families, tiny_inputs
 
 FAMILIES = families(
     "qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "glm4_moe", "nemotron_h", "minimax_m2",
     "phimoe", "qwen2_moe",
 )  # fmt: skip
+
+
+COST = CostModel(read_bandwidth=1e9, read_latency=1e-4, memory_bandwidth=1e10, measured="made up")
 
 
 class Wrong(Predictor):
@@ -175,3 +182,37 @@ def test_geometry_counts_moe_layers_only(tmp_path: Path) -> None:
     folder, _ = saved("deepseek_v3", tmp_path / "model")
     with load_offloaded(folder, context=64) as found:
         assert found.engine.geometry == Geometry((8,), (2,), (1,))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["lru", "lru:scope=global", "lfu", "arc", "hobbit", "edgemoe", "hybrimoe", "moe_infinity", "fate", "expertflow"],
+)
+@pytest.mark.parametrize("experts", [9, 18])
+def test_the_simulator_sees_the_same_events(store: Path, tmp_path: Path, policy: str, experts: int) -> None:
+    """Same requests, same places, same victims, prompt and generated tokens, also with more experts than slots."""
+    ids = torch.randint(3, 64, (1, 20), generator=torch.Generator().manual_seed(experts))
+    with load_offloaded(store, experts=experts, context=64, policy=find_policy(policy)) as found:
+        found.engine.record_events()
+        trace = record_generate(found.model, [{"input_ids": ids}], tmp_path / "trace", max_new_tokens=10, logits=True)
+        log, nbytes = found.engine.log, found.source.layers[0].layouts[32].nbytes
+    assert log is not None
+    asked = SimulationSettings(policy=find_policy(policy), capacity=experts, expert_bytes={32: nbytes})
+    events = simulate(trace, asked, COST, by="recorded").log
+    assert len(events) == len(log) > 100
+    for column in ("layer", "expert", "found", "evicted", "bytes"):
+        assert np.array_equal(events[column], log[column]), column
+
+
+def test_other_weights_in_8_bits_take_half_the_memory(tmp_path: Path) -> None:
+    folder, _ = saved("qwen3_moe", tmp_path / "model", hidden_size=64, tie_word_embeddings=True)
+    ids = torch.arange(3, 20)[None]
+    with load_offloaded(folder, context=64, kind="float32") as plain:
+        expected, weights = logits(plain.model, ids), plain.budget.weights
+    with load_offloaded(folder, context=64, kind="float32", dense_bits=8) as small:
+        # of one token the rounding changes a choice of experts
+        assert torch.nn.functional.cosine_similarity(logits(small.model, ids), expected).median() > 0.999
+        assert small.budget.weights < weights / 2
+        assert small.model.lm_head.weight is small.model.model.embed_tokens.weight
+    with pytest.raises(ConfigError, match="8 bits"):
+        load_offloaded(folder, context=64, dense_bits=4)

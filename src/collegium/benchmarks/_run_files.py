@@ -22,6 +22,7 @@ from transformers import OlmoeConfig
 
 from collegium import __version__
 from collegium.benchmarks._run_model import Array, Shape, expert, float32, tensor, tensors
+from collegium.experts.stored import quantise
 from collegium.offload.store.meta import CHECKSUMS, META, LayerMeta, StoreMeta, experts_file, write_meta
 from collegium.offload.store.source import aligned
 
@@ -154,14 +155,20 @@ class _Gguf:
         return {"ffn_gate_exps": (f, d), "ffn_up_exps": (f, d), "ffn_down_exps": (d, f)}
 
     def _announce(self, name: str, size: tuple[int, ...]) -> None:
-        wide = _wide(name)
-        dtype, raw = (np.float32, self.types.F32) if wide else (np.uint16, self.types.BF16)
-        nbytes = int(np.prod(size)) * np.dtype(dtype).itemsize
-        self.writer.add_tensor_info(_peer_name(name), size, np.dtype(dtype), nbytes, raw)
+        if _wide(name):
+            nbytes = int(np.prod(size)) * 4
+            self.writer.add_tensor_info(_peer_name(name), size, np.dtype(np.float32), nbytes, self.types.F32)
+        else:
+            rows = (size[0], size[1] // 32 * 34)
+            self.writer.add_tensor_info(_peer_name(name), rows, np.dtype(np.uint8), int(np.prod(rows)), self.types.Q8_0)
 
     def add(self, name: str, bits: Array) -> None:
         """Write one of `tensors`."""
-        self.writer.write_tensor_data(float32(bits) if _wide(name) else bits)
+        if _wide(name):
+            self.writer.write_tensor_data(float32(bits))
+        else:  # the very codes and scales that `load_offloaded(dense_bits=8)` makes
+            codes, scale = quantise(torch.from_numpy(bits).view(torch.bfloat16), 8)
+            self.writer.write_tensor_data(_blocks(codes.numpy(), scale.numpy(), 8))
 
     def experts(self, layer: int, experts: list[dict[str, Array]]) -> None:
         """Write the experts of the next layer."""

@@ -42,8 +42,8 @@ def disk_rate(store: Path, shape: Shape, seconds: float = 3.0) -> float:
 
 def decode_bytes(shape: Shape) -> int:
     """Bytes of weights that one token needs: its experts, attention, routers and head."""
-    attention = 2 * 4 * shape.d**2 + 2 * shape.E * shape.d
-    return shape.layers * (shape.K * shape.layout.nbytes + attention) + 2 * shape.vocabulary * shape.d
+    attention = 4 * shape.d**2 + 2 * shape.E * shape.d
+    return shape.layers * (shape.K * shape.layout.nbytes + attention) + shape.vocabulary * shape.d
 
 
 def prompt_operations(shape: Shape, tokens: int) -> int:

@@ -34,7 +34,7 @@ class Shape:
     """Sizes; the defaults are those of OLMoE-1B-7B.
 
     Attributes:
-        bits: of an expert's weights, 8 or 4; everything else is bfloat16.
+        bits: of an expert's weights, 8 or 4; other matrices are held in 8 bits.
 
     Raises:
         ConfigError: the routing table does not leave half of d to the model.

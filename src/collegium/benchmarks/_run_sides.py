@@ -64,7 +64,7 @@ class Ours(_Torch):
     def __init__(self, path: Path, context: int, memory: int | None) -> None:
         from collegium.offload.model import load_offloaded
 
-        self.loaded = load_offloaded(path, memory=memory, context=context)
+        self.loaded = load_offloaded(path, memory=memory, context=context, dense_bits=8)
         self.model = self.loaded.model
 
     def prompt(self, tokens: list[int]) -> Any:
@@ -84,6 +84,7 @@ class Transformers(_Torch):
         from safetensors.torch import load_file
         from transformers import OlmoeConfig, OlmoeForCausalLM
 
+        from collegium.experts.stored import dequantise, quantise
         from collegium.offload.store import open_source
 
         config = OlmoeConfig.from_pretrained(path)
@@ -94,7 +95,9 @@ class Transformers(_Torch):
         weights = dict(model.named_parameters())
         for file in path.glob("model-*.safetensors"):
             for name, value in load_file(file).items():
-                weights[name].data.copy_(value)
+                # the other sides hold these matrices in 8 bits
+                rounded = value.dim() == 2 and not name.endswith("mlp.gate.weight")
+                weights[name].data.copy_(dequantise(*quantise(value, 8), 8) if rounded else value)
         source = open_source(path)
         for index, layer in enumerate(source.layers):
             [(bits, layout)] = layer.layouts.items()

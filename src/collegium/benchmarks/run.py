@@ -1,9 +1,9 @@
 """More model than memory: decode and prefill against llama.cpp, everything in memory and under a memory cgroup.
 
 The model is made up: OLMoE's shape (d 2048, f 1024, 64 experts of which 8), 16 layers, experts in 8 or 4 bits with
-the same codes and scales on both sides, everything else bfloat16. Its routing follows a table by token id, so both
-sides see the same: experts at random (the worst case), or those that the demo model chose in a real text, scaled to the
-shape. Both sides are fed the same tokens: a prompt of 512, some tokens that are not timed, then the timed ones.
+the same codes and scales on both sides, other matrices in 8 bits alike. Its routing follows a table by token id, so
+both sides see the same: experts at random (the worst case), or those that the demo model chose in a real text, scaled
+to the shape. Both sides are fed the same tokens: a prompt of 512, some tokens that are not timed, then the timed ones.
 
 * In memory, 8 and 4 bits. The limit is the time to read from memory what one token needs, or to do the matrix products
   of a prompt. transformers in bfloat16 is a second peer where it fits.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Arithmetic",
     "Context",
+    "DenseBits",
     "Experts",
     "Memory",
     "Policy",
@@ -36,6 +37,9 @@ Arithmetic = Annotated[
         "--arithmetic",
         help="fast; float32 (what goes into 8-bit and 4-bit experts is not rounded); exact (transformers' own, slow).",
     ),
+]
+DenseBits = Annotated[
+    int | None, typer.Option("--dense-bits", help="8 rounds the weights besides the experts to 8 bits, too.")
 ]
 Memory = Annotated[
     str | None,
@@ -75,6 +79,7 @@ def open_offloaded(
     fit: Path | None,
     sequences: int = 1,
     arithmetic: str = "fast",
+    dense_bits: int | None = None,
 ) -> Offloaded:
     """The model, ready to run; what goes on is said on standard error.
 
@@ -107,6 +112,7 @@ def open_offloaded(
             predictor=None if predictor is None else _maker(predictor, fit),
             prefetch=find_prefetch(prefetch),
             kind=arithmetic,
+            dense_bits=dense_bits,
         )
 
 

@@ -34,13 +34,17 @@ def run(
         return
     find(name)
     console = Console(stderr=True)
-    with console.status(f"bench {name}") as status:
+    found: list[Row] = []
+    try:
         # a log file shows no moving status line; there each point leaves a line
-        found = list(rows(name, quick, status.update if console.is_terminal else console.print))
-    if as_json:
-        typer.echo(json.dumps({"name": name, "quick": quick, "rows": [row.record() for row in found]}, indent=2))
-    else:
-        Console().print(_table(name, found))
+        with console.status(f"bench {name}") as status:
+            found.extend(rows(name, quick, status.update if console.is_terminal else console.print))
+    finally:  # a point that fails does not take those before it along
+        if as_json:
+            records = [row.record() for row in found]
+            typer.echo(json.dumps({"name": name, "quick": quick, "rows": records}, indent=2))
+        else:
+            Console().print(_table(name, found))
     if any(row.met is False for row in found):
         raise typer.Exit(1)
 

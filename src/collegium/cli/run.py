@@ -14,6 +14,7 @@ import typer
 from collegium.cli._offload import (
     Arithmetic,
     Context,
+    DenseBits,
     Experts,
     Memory,
     Policy,
@@ -51,9 +52,13 @@ def run(
     prefetch: PrefetchWidth = "",
     fit: TraceFile = None,
     arithmetic: Arithmetic = "fast",
+    dense_bits: DenseBits = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show where experts come from while it writes.")] = False,
     log: Annotated[
         Path | None, typer.Option("--log", help="Write every request of an expert here, as Parquet.")
+    ] = None,
+    cost: Annotated[
+        Path | None, typer.Option("--cost", help="Measure this machine and model, for collegium simulate --cost.")
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print how the memory is shared, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON when done; no streaming.")] = False,
@@ -71,6 +76,7 @@ def run(
     from collegium.cli._offload import budget_table, open_offloaded
     from collegium.cli._writing import Writer
     from collegium.errors import ConfigError
+    from collegium.offload.cost import measure_cost
 
     if not plan and (prompt is None) != chat:
         raise ConfigError("give a text to continue (--prompt), or --chat, and not both")
@@ -93,6 +99,7 @@ def run(
         prefetch=prefetch,
         fit=fit,
         arithmetic=arithmetic,
+        dense_bits=dense_bits,
     )
     with found:
         if plan:
@@ -113,6 +120,8 @@ def run(
         if log is not None:
             assert found.engine.log is not None
             found.engine.log.save(log)
+        if cost is not None:
+            found.engine.meter.cost(measure_cost(cost.absolute().parent)).save(cost)
 
 
 def _print_plan(budget: Any, as_json: bool) -> None:

@@ -11,6 +11,7 @@ import typer
 from collegium.cli._offload import (
     Arithmetic,
     Context,
+    DenseBits,
     Experts,
     Memory,
     Policy,
@@ -48,6 +49,7 @@ def run(
     prefetch: PrefetchWidth = "",
     fit: TraceFile = None,
     arithmetic: Arithmetic = "fast",
+    dense_bits: DenseBits = None,
 ) -> None:
     """Serve a MoE model under a budget of memory: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics.
 
@@ -79,6 +81,7 @@ def run(
         prefetch=prefetch,
         fit=fit,
         arithmetic=arithmetic,
+        dense_bits=dense_bits,
         sequences=requests,
     )
     with found:

@@ -23,6 +23,7 @@ from collegium.offload.assigned import Assigned, sort
 from collegium.offload.cache import Found
 from collegium.offload.events import EventLog
 from collegium.offload.geometry import Array, Geometry
+from collegium.offload.meter import Meter
 from collegium.offload.policies.base import Use
 from collegium.offload.pool import Done, Pool
 from collegium.offload.precision.base import Choice, PrecisionPolicy
@@ -74,6 +75,7 @@ class Engine:
         found: ``[L, 5]`` requests by layer and `Found`.
         stalled: seconds that passes waited for reads.
         computed: seconds of experts' arithmetic.
+        meter: how long the parts of a pass take.
         log: gets every request, if `record_events` was called.
     """
 
@@ -95,6 +97,7 @@ class Engine:
         self.found = np.zeros((geometry.num_layers, len(Found)), np.int64)
         self.stalled = self.computed = 0.0
         self.evictions = self.called_off = self.passes = self.tokens = 0
+        self.meter = Meter()
         self.log: EventLog | None = None
         self._done = done
         self._kind = kind
@@ -112,6 +115,7 @@ class Engine:
     def begin(self, tokens: Array) -> None:
         """A forward pass of these token ids ``[T]`` starts."""
         self._tokens, self._path = tokens, []
+        self.meter.begin(len(tokens))
         self.passes += 1
         self.tokens += len(tokens)
         if self._looks_ahead(len(tokens)):
@@ -145,6 +149,7 @@ class Engine:
             NonFiniteError: the router gave a weight that is NaN or infinite.
         """
         self._settle()
+        apart = self.computed + self.stalled
         experts, weights = index.numpy(), weight.float().numpy()
         if not np.isfinite(weights).all():
             raise NonFiniteError(
@@ -171,7 +176,9 @@ class Engine:
             self._tell(layer, part.pool, assigned, len(x))
         for watch in self._watchers:
             watch(self.geometry.layers[layer], experts, weights, source[np.minimum(experts, len(source) - 1)])
-        return first_kernel.combine(out, assigned.token, assigned.weight, assigned.edges, x)
+        y = first_kernel.combine(out, assigned.token, assigned.weight, assigned.edges, x)
+        self.meter.layer(self.computed + self.stalled - apart)
+        return y
 
     # ---- one layer ---------------------------------------------------------------------------------------------------
 
@@ -229,7 +236,10 @@ class Engine:
                     record = part.pool.record
                     groups: list[Group] = [(record(layer, part.held[e]), *assigned.rows[e]) for e in ready]
                     self._kernel(layer, part.pool.bits, module).compute(rows, assigned.token, groups, out)
-                    self.computed += time.perf_counter() - start
+                    seconds = time.perf_counter() - start
+                    self.computed += seconds
+                    computed_rows = sum(last - first for _, first, last in groups)
+                    self.meter.experts(part.pool.bits, len(groups), computed_rows, seconds)
                     for expert in ready:
                         del part.held[expert]
                     part.pool.cache.release(layer, np.array(ready))

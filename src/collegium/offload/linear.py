@@ -1,22 +1,29 @@
-"""Linear maps of few rows at the speed of memory.
+"""The matrices besides the experts: read at the speed of memory while a model writes, and, if asked, held in 8 bits.
 
 torch multiplies a bfloat16 matrix by one row at half the memory's bandwidth on CPUs without matrix tiles. While a model
-decodes, attention and the output layer are such products, and as large as the experts of a token together.
+decodes, attention and the output layer are such products, and as large as the experts of a token together. They are
+also what must be in memory whatever the budget: in 8 bits they take half of it.
+
+Legend: a matrix is ``[p, q]``, input rows ``[n, q]``.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from collegium.experts.compute import jit
 from collegium.experts.compute.cpu_kernels import MIN_WIDTH, address
 from collegium.experts.compute.cpu_pool import launch
 from collegium.experts.compute.cpu_products import LIMITS
+from collegium.experts.compute.stored import Precision, stored_linear
+from collegium.experts.stored import quantise
 
-__all__ = ["stream_linears"]
+__all__ = ["hold_in_8_bits", "stream_linears"]
 
 _ITEM_ROWS = 192  # of a matrix, that a thread takes at a time
 
@@ -44,6 +51,31 @@ def _kernel() -> int:
     return address("rows_dot_bfloat16")
 
 
+class _Rounded(nn.Linear):
+    """A linear map whose `weight` is int8, with a scale ``[p]`` beside it."""
+
+    scale: Tensor
+    rounding: Precision
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.reshape(-1, self.in_features).float()
+        out = stored_linear(rows, self.weight, self.scale, 8, activations=self.rounding)
+        if self.bias is not None:
+            out += self.bias
+        return out.to(input.dtype).view(*input.shape[:-1], self.out_features)
+
+
+class _RoundedEmbedding(nn.Embedding):
+    """An embedding whose `weight` is int8, with a scale ``[V]`` beside it and a dtype of its results."""
+
+    scale: Tensor
+    result: torch.dtype
+
+    def forward(self, input: Tensor) -> Tensor:
+        found = F.embedding(input, self.weight).float() * self.scale[input][..., None]
+        return found.to(self.result)
+
+
 def stream_linears(model: nn.Module) -> int:
     """Let every plain linear map of `model` with bfloat16 weights on the CPU run on our kernels; how many those are.
 
@@ -62,3 +94,34 @@ def stream_linears(model: nn.Module) -> int:
     for module in found:
         module.__class__ = _Streamed  # parameters, hooks and names stay as they are
     return len(found)
+
+
+@torch.no_grad()
+def hold_in_8_bits(model: nn.Module, rounding: Precision) -> None:
+    """Round the matrices of plain linear maps and embeddings to 8 bits with a scale a row; tied ones stay tied.
+
+    Norms, routers and whatever else is no plain ``Linear`` or ``Embedding`` stay as they are. Inference only.
+
+    Args:
+        rounding: whether input rows are rounded to 8 bits too ("int8"), see `StoredExperts`.
+    """
+    made: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    for module in model.modules():
+        if type(module) not in (nn.Linear, nn.Embedding):
+            continue
+        one: Any = module
+        weight = one.weight
+        if weight.is_meta or min(weight.shape) < MIN_WIDTH:
+            continue
+        key = weight.data_ptr()
+        if key not in made:
+            codes, scale = quantise(weight, 8)
+            made[key] = nn.Parameter(codes, False), scale
+        one._parameters["weight"], scale = made[key]
+        one.register_buffer("scale", scale, persistent=False)
+        if isinstance(one, nn.Embedding):
+            one.result = weight.dtype
+            one.__class__ = _RoundedEmbedding
+        else:
+            one.rounding = rounding
+            one.__class__ = _Rounded

@@ -9,6 +9,7 @@ Legend: T tokens of a pass, L MoE layers, K slots of a token, d model width, u r
 
 from __future__ import annotations
 
+import ctypes
 import os
 import queue
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from collegium.offload.arithmetic import Kind, arithmetic
 from collegium.offload.budget import Budget, parse_bytes, peak_bytes, resident_bytes, share_slots
 from collegium.offload.engine import Engine
 from collegium.offload.geometry import Geometry
-from collegium.offload.linear import stream_linears
+from collegium.offload.linear import hold_in_8_bits, stream_linears
 from collegium.offload.policies import PolicySettings
 from collegium.offload.policies.lfu import LFU
 from collegium.offload.pool import Done, Pool
@@ -68,6 +69,7 @@ class Settings:
         predictor: what is read ahead; None for demand only. Fitted by the caller.
         prefetch: how far ahead.
         kind: of arithmetic, see `Kind`.
+        dense_bits: 8 holds matrices besides the experts in 8 bits; None as they are.
         readers: threads that read.
         chunk: see `CHUNK`.
     """
@@ -80,6 +82,7 @@ class Settings:
     predictor: Callable[[Any, Geometry], Predictor] | None = None
     prefetch: Prefetch = field(default_factory=Prefetch)
     kind: Kind = "fast"
+    dense_bits: int | None = None
     readers: int = 3
     chunk: int = CHUNK
 
@@ -158,12 +161,16 @@ def _load(source: ExpertSource, settings: Settings, context: int | None, say: Ca
         layers=tuple(layer.layer for layer in source.layers),
     )
     precision = settings.precision.build(geometry, tuple(sorted(source.layers[0].layouts, reverse=True)))
-    _refuse_hopeless(source, settings.memory, before)
+    if settings.dense_bits is None:
+        _refuse_hopeless(source, settings.memory, before)
     say("reading the weights besides the experts")
     model, found = _build(source)
+    if settings.dense_bits is not None:
+        _round_dense(model, settings)
     if settings.kind != "exact":
         stream_linears(model)
         use_lean_attention(model)
+    _trim()
     context = _context(model, context)
     chunk = min(settings.chunk, context)
     say("measuring what a pass takes")
@@ -211,6 +218,22 @@ def _context(model: Any, asked: int | None) -> int:
     if asked is not None and not 1 <= asked <= longest:
         raise ConfigError(f"a context of {asked} tokens; this model takes 1 to {longest}")
     return min(longest, 4096) if asked is None else asked
+
+
+def _round_dense(model: Any, settings: Settings) -> None:
+    if settings.dense_bits != 8 or settings.kind == "exact":
+        raise ConfigError(
+            f"weights besides the experts are held in 8 bits or as they are, not in {settings.dense_bits}; and exact "
+            "arithmetic takes them as they are"
+        )
+    hold_in_8_bits(model, "int8" if settings.kind == "fast" else "float32")
+
+
+def _trim() -> None:
+    """Give back to the system what loading has left in the C library's heap; glibc only."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 # ---- the model without its experts -----------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class Seam(Adapter):
 def _skips_sentinels(experts: Any) -> bool:
     implementation = getattr(experts.config, "_experts_implementation", None)
     # transformers before 5.18 does not say
-    return implementation == "collegium" and not getattr(experts, "_is_expert_parallel", True)
+    return str(implementation).startswith("collegium") and not getattr(experts, "_is_expert_parallel", True)
 
 
 def slots(routing: Routing, sentinel: bool) -> tuple[Tensor, Tensor]:
