@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -171,5 +173,65 @@ def test_serve_answers_and_ends_with_ctrl_c(store: Path) -> None:
             }  # the first token needs them all
             server.send_signal(signal.SIGINT)
             assert server.wait(timeout=60) == 0
+        finally:
+            server.kill()
+
+
+def test_ctrl_c_in_the_middle_of_a_text_ends_it_there(store: Path) -> None:
+    command = [sys.executable, "-u", "-m", "collegium", "run", str(store), "--prompt", PROMPT, "--greedy"]
+    command += ["--max-new-tokens", "4000", "--repetition-penalty", "1.3", "--context", "256", "--experts", "8"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.read(1)  # the first words are there
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+            assert process.returncode == 0, said
+            assert re.search(r"\d+ written", said)
+        finally:
+            process.kill()
+
+
+def test_a_store_survives_a_kill_under_load(store: Path) -> None:
+    command = [sys.executable, "-u", "-m", "collegium", "run", str(store), "--prompt", PROMPT, "--experts", "8"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGKILL)
+    run(store, "--prompt", PROMPT, "--max-new-tokens", 2, "--json")
+
+
+def test_a_damaged_expert_ends_its_request_and_the_server_lives(store: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(store, tmp_path / "damaged")
+    command = [sys.executable, "-m", "collegium", "serve", str(damaged), "--port", "0", "--experts", "12"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            lines = iter(server.stderr.readline, "")
+            url = next(found[1] for line in lines if (found := re.search(r"serving at (http://\S+)", line)))
+
+            def asked(prompt: str) -> tuple[int, str]:
+                body = json.dumps({"model": "damaged", "prompt": prompt, "max_tokens": 6, "temperature": 0}).encode()
+                request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+                try:
+                    with urllib.request.urlopen(request, timeout=60) as answer:
+                        return answer.status, answer.read().decode()
+                except urllib.error.HTTPError as error:
+                    return error.code, error.read().decode()
+
+            status, before = asked(PROMPT)
+            assert status == 200
+            file = damaged / "experts-00001-16.bin"
+            whole = file.read_bytes()
+            file.write_bytes(bytes(byte ^ 0x10 for byte in whole))  # while it is open and in use
+            status, said = asked("another text altogether, so that other experts are read")
+            assert status == 500
+            assert "checksum" in said
+            file.write_bytes(whole[: len(whole) // 16])
+            assert asked("a third text, of numbers 1 2 3 4 5 6 7")[0] == 500
+            file.write_bytes(whole)
+            status, after = asked(PROMPT)
+            assert status == 200
+            assert json.loads(after)["choices"] == json.loads(before)["choices"]
         finally:
             server.kill()
