@@ -18,7 +18,6 @@ from collegium.data import Corpus, document_batches, open_corpus
 from collegium.measure import load
 from collegium.measure.cache import cache_curves
 from collegium.measure.congestion import congestion_series
-from collegium.measure.locality import local_routing_consistency
 from collegium.measure.predict import predictability
 from collegium.measure.specialisation import domain_information
 from collegium.measure.token_information import token_information
@@ -63,17 +62,9 @@ def test_experts_specialise_by_domain(samples: tuple[Any, list[Trace]], claim: C
     )
 
 
-def test_text_is_routed_more_consistently_than_shuffled_tokens(
-    samples: tuple[Any, list[Trace]], claim: Callable
-) -> None:
-    """Not All Models Suit Expert Offloading (2025): SRP of text exceeds that of shuffled tokens; so does its cache."""
-    found = [layer for trace in samples[1] for layer in local_routing_consistency(trace, (16,))]
-    claim(
-        "metric/locality",
-        all(at.srp[0].low > at.shuffled[0] for at in found),
-        f"SRP(16) {ranges([at.srp[0].value for at in found])} over layers and samples, tokens shuffled "
-        f"{ranges([float(at.shuffled[0]) for at in found])}; demo model, 3 samples",
-    )
+def test_text_is_cached_better_than_shuffled_tokens(samples: tuple[Any, list[Trace]], claim: Callable) -> None:
+    """Not All Models Suit Expert Offloading (2025): a small cache serves text better than shuffled tokens.
+    Its claim about the metric itself is with those of running from a disk, on more models."""
     curves = [layer for trace in samples[1] for layer in cache_curves(trace, ratios=(2,))]
     claim(
         "metric/cache",

@@ -14,7 +14,7 @@ import os
 import queue
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from collegium.offload.policies.lfu import LFU
 from collegium.offload.pool import Done, Pool
 from collegium.offload.precision.base import PrecisionPolicy, PrecisionSettings
 from collegium.offload.precision.fixed import Fixed
+from collegium.offload.precision.table import Table
 from collegium.offload.predictors.base import Predictor
 from collegium.offload.prefetch import Prefetch
 from collegium.offload.slots import SlotPool
@@ -160,7 +161,10 @@ def _load(source: ExpertSource, settings: Settings, context: int | None, say: Ca
         top_k=tuple(layer.top_k for layer in source.layers),
         layers=tuple(layer.layer for layer in source.layers),
     )
-    precision = settings.precision.build(geometry, tuple(sorted(source.layers[0].layouts, reverse=True)))
+    asked = settings.precision
+    if isinstance(asked, Table):  # a plan of another model is refused
+        asked = replace(asked, fingerprint=source.fingerprint)
+    precision = asked.build(geometry, tuple(sorted(source.layers[0].layouts, reverse=True)))
     if settings.dense_bits is None:
         _refuse_hopeless(source, settings.memory, before)
     say("reading the weights besides the experts")
