@@ -346,10 +346,10 @@ def test_a_source_that_changes_meanwhile_gives_nothing(tmp_path: Path) -> None:
 def test_too_little_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    from collegium.compress import rewrite
+    from collegium.models import shards
 
     source = saved(tmp_path, "olmoe")
-    monkeypatch.setattr(rewrite.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(StorageError, match="needs"):
         save_own(uneven(source), source, tmp_path / "out")
 

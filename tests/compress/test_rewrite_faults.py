@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from collegium.compress import rewrite
 from collegium.compress.rewrite import apply_plan
 from collegium.errors import CheckpointError, ConfigError, PlanError, StorageError, UnsupportedFamilyError
-from collegium.models import shards as rewrite_files
+from collegium.models import shards
 from collegium.models.checkpoint import open_checkpoint
 from pruning import plan_of, saved
 
@@ -89,7 +89,7 @@ def test_a_source_that_changes_meanwhile_gives_nothing(tmp_path: Path, source: P
 
 @pytest.mark.parametrize("kernel", [None, os.copy_file_range])
 def test_a_source_that_becomes_shorter_gives_nothing(tmp_path: Path, source: Path, monkeypatch, kernel) -> None:
-    monkeypatch.setattr(rewrite_files, "_KERNEL_COPY", kernel)
+    monkeypatch.setattr(shards, "_KERNEL_COPY", kernel)
     plan, file = plan_of(source), source / "model.safetensors"
 
     def shorten(done: int, total: int) -> None:
@@ -108,8 +108,8 @@ def test_a_kernel_that_cannot_copy_between_these_files(tmp_path: Path, source: P
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     for number, kernel in enumerate((refuse, lambda *arguments: 0, None)):
-        monkeypatch.setattr(rewrite_files, "_KERNEL_COPY", kernel)
-        monkeypatch.setattr(rewrite_files, "_BUFFER", 1000)
+        monkeypatch.setattr(shards, "_KERNEL_COPY", kernel)
+        monkeypatch.setattr(shards, "_BUFFER", 1000)
         found = open_checkpoint(apply_plan(plan, source, tmp_path / str(number)))
         file = "model.safetensors"
         assert (found.folder / file).read_bytes() == (expected.folder / file).read_bytes()
@@ -147,7 +147,7 @@ def test_killed_half_way(tmp_path: Path, source: Path) -> None:
 @pytest.mark.parametrize("kernel", [None, os.copy_file_range])
 def test_disk_full_half_way(tmp_path: Path, source: Path, monkeypatch, kernel) -> None:
     # a file-size limit fails a write the way a full disk does, without needing a file system of our own
-    monkeypatch.setattr(rewrite_files, "_KERNEL_COPY", kernel)
+    monkeypatch.setattr(shards, "_KERNEL_COPY", kernel)
     plan = plan_of(source)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
@@ -160,7 +160,7 @@ def test_disk_full_half_way(tmp_path: Path, source: Path, monkeypatch, kernel) -
 
 
 def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path, source: Path, monkeypatch) -> None:
-    monkeypatch.setattr(rewrite.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(StorageError, match=r"needs 0\.00 GB"):
         apply_plan(plan_of(source), source, tmp_path / "deep" / "out")
     assert nothing_is_left(tmp_path)

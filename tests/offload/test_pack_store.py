@@ -269,7 +269,7 @@ def test_a_full_disk_while_the_rest_is_copied(model: Path, tmp_path: Path, monke
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("collegium.compress.rewrite_files._write_all", full)
+        patch.setattr("collegium.models.shards._write_all", full)
         with pytest.raises(StorageError, match="No space left"):
             pack(model, tmp_path / "store")
     assert not (tmp_path / "store").exists()

@@ -53,6 +53,7 @@ CAPPED_PROMPT_GOAL = 2.0
 CONTEXT = 1024
 TOKENS, QUICK_TOKENS = 1024, 128
 """Of each text whose routing all policies are simulated on."""
+_PEER = ("gguf", "llama_cpp")  # packages
 _WORDS = {"random": "random routing", "replayed": "replayed routing"}
 
 
@@ -76,7 +77,7 @@ def run(quick: bool, say: Say) -> Iterator[Row]:
     Raises:
         ConfigError: llama.cpp or the writer of its files is not installed.
     """
-    for package in ("gguf", "llama_cpp"):
+    for package in _PEER:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"this benchmark needs {package}; install collegium[bench]")
     logging.disable_progress_bar()  # the lines of `say` tell what goes on
