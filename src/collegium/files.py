@@ -1,4 +1,4 @@
-"""Writing files so that a kill, a full disk or Ctrl-C never leaves half of one behind.
+"""Writing files so that a kill, a full disk or Ctrl-C never leaves half of one behind, and reading records of JSON.
 
 Everything is written beside its target, flushed to the disk, and renamed: a reader sees the old content or the
 new content, never a mixture.
@@ -14,10 +14,16 @@ import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
-from collegium.errors import StorageError
+from collegium.errors import CollegiumError, StorageError
 
-__all__ = ["atomic_dir", "atomic_file", "sync_dir"]
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+__all__ = ["atomic_dir", "atomic_file", "read_record", "sync_dir"]
+
+Record = TypeVar("Record", bound="BaseModel")
 
 PARTIAL = ".partial-"
 """Prefix of unfinished neighbours; readers ignore such names, and the next writer of the same target removes those
@@ -110,3 +116,27 @@ def atomic_dir(target: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def read_record(path: Path, record: type[Record], *, limit: int, error: type[CollegiumError]) -> Record:
+    """A pydantic record from a JSON file, in which nothing is trusted.
+
+    Args:
+        limit: bytes that the file may have.
+        error: what is raised.
+
+    Raises:
+        error: the file is not readable, too large, or not such a record; the field is named.
+    """
+    from pydantic import ValidationError  # most who write files read no records
+
+    try:
+        if path.stat().st_size > limit:
+            raise error(f"{path} is over the limit of {limit} bytes")
+        return record.model_validate_json(path.read_bytes())
+    except OSError as reason:
+        raise error(f"could not read {path}: {reason.strerror}") from reason
+    except ValidationError as reason:
+        first = reason.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "file"
+        raise error(f"{path}: field {field!r}: {first['msg'].removeprefix('Value error, ')}") from reason

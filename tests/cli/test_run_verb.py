@@ -21,10 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from collegium.assets import SHIPPED
+from collegium.cli._writing import Writer
 from collegium.cli.main import app
 from collegium.errors import CollegiumError
 from collegium.offload.cost import CostModel
 from collegium.offload.events import EventLog
+from collegium.offload.model import load_offloaded
 from collegium.offload.store import pack
 
 PROMPT = "def main(arguments):"
@@ -126,6 +128,25 @@ def test_chat_needs_a_template_and_answers_with_one(tmp_path: Path) -> None:
         folder, "--chat", "--system", "short", "--max-new-tokens", 4, "--greedy", stdin="a router\nand more\n\n"
     )
     assert len(re.findall(r"tokens read in", found.stderr)) == 2
+
+
+def test_a_chat_that_goes_on_says_what_a_fresh_one_would(store: Path) -> None:
+    """What both turns have in common is not computed again, and nothing changes by that."""
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED["demo"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    messages = [{"role": "user", "content": "import os"}]
+    with load_offloaded(store, kind="exact") as found:
+        writer = Writer(found, tokenizer, settings, quiet=True)
+        messages.append({"role": "assistant", "content": writer.answer(messages)})
+        messages.append({"role": "user", "content": "and more of it"})
+        before = found.counters()["tokens"]
+        second = writer.answer(messages)
+        fed = found.counters()["tokens"] - before
+        again = Writer(found, tokenizer, settings, quiet=True)
+        assert second == again.answer(messages)
+        assert fed < again.last["prompt_tokens"] + again.last["tokens"] - 1
+        assert again.write("import os") == again.write("import os")  # a prompt that the cache holds whole
 
 
 @pytest.mark.parametrize(

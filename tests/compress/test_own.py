@@ -25,10 +25,10 @@ from collegium.compress.stream import calibrate
 from collegium.compress.target import Target
 from collegium.errors import CheckpointError, ConfigError, PlanError, StorageError, UnsupportedFamilyError
 from collegium.experts.loose import LooseExperts
+from collegium.layerwise import LayerwiseModel
 from collegium.measure.collect import collect, weights_of
 from collegium.models import load
 from collegium.models.checkpoint import open_checkpoint
-from collegium.models.layerwise import LayerwiseModel
 from collegium.models.summary import summarize
 from collegium.routing import Routing
 from collegium.sites import Site, register, sites, tap

@@ -29,12 +29,12 @@ from collegium.errors import (
     StorageError,
     UnsupportedFamilyError,
 )
+from collegium.layerwise import LayerwiseModel
 from collegium.measure.collect import collect
 from collegium.measure.statistics import Statistics
 from collegium.measure.super_experts import DownMax
 from collegium.models import load
 from collegium.models.checkpoint import open_checkpoint
-from collegium.models.layerwise import LayerwiseModel
 from collegium.sites import register
 from tiny import families, tiny_model
 

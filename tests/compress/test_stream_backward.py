@@ -22,11 +22,11 @@ from collegium.compress.collectors_outputs import HiddenSums
 from collegium.compress.gradients import HiddenGradients, WeightGradients
 from collegium.compress.stream import calibrate
 from collegium.errors import ConfigError, StatisticsError, UnsupportedFamilyError
+from collegium.layerwise import LayerwiseModel
 from collegium.measure.collect import collect, weights_of
 from collegium.measure.statistics import Statistics
 from collegium.measure.super_experts import DownMax
 from collegium.models import load
-from collegium.models.layerwise import LayerwiseModel
 from collegium.sites import Site, register, sites
 from tiny import families
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from collegium.experts.from_module import expert_weights
 from collegium.experts.stored import ExpertLayout
+from collegium.layerwise import LayerwiseModel
 from collegium.models.checkpoint import open_checkpoint
-from collegium.models.layerwise import LayerwiseModel
 from collegium.offload.store import ExpertSource, aligned
 from collegium.sites import sites
 from tiny import tiny_model

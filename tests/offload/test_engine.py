@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from engines import Failing, continued, logits, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from collegium.decode import Batcher, Request
 from collegium.errors import CheckpointError, ConfigError, NonFiniteError
 from collegium.offload import model as offload_model
 from collegium.offload.cost import CostModel
@@ -213,6 +215,23 @@ def test_other_weights_in_8_bits_take_half_the_memory(tmp_path: Path) -> None:
         # of one token the rounding changes a choice of experts
         assert torch.nn.functional.cosine_similarity(logits(small.model, ids), expected).median() > 0.999
         assert small.budget.weights < weights / 2
-        assert small.model.lm_head.weight is small.model.model.embed_tokens.weight
+        assert small.model.lm_head.codes is small.model.model.embed_tokens.codes
     with pytest.raises(ConfigError, match="8 bits"):
         load_offloaded(folder, context=64, dense_bits=4)
+
+
+def test_requests_that_run_together_read_as_if_alone(store: Path) -> None:
+    """The batcher over the engine: three requests share passes, and each gets the text it gets alone."""
+    prompts = [tuple(range(3, 3 + n)) for n in (5, 9, 14)]
+    tokenizer = SimpleNamespace(
+        eos_token_id=None, all_special_ids=[], decode=lambda ids, **settings: "".join(map(chr, ids))
+    )
+    with load_offloaded(store, experts=12, context=64, sequences=3, kind="float32") as found:
+        alone = [continued(found.model, torch.tensor([prompt]), 8) for prompt in prompts]
+        found.model.generation_config.eos_token_id = []
+        batcher = Batcher(found.model, tokenizer, context=64, max_batch=3)
+        assert batcher.batched
+        streams = [batcher.submit(Request(prompt, max_tokens=8, temperature=0.0)) for prompt in prompts]
+        together = [[event.token for event in stream if event.token is not None] for stream in streams]
+        batcher.close()
+    assert together == alone

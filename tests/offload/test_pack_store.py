@@ -356,7 +356,7 @@ def test_no_layer_is_loaded_where_the_bytes_can_be_found(model: Path, tmp_path: 
         raise AssertionError("a whole layer was loaded")
 
     converted = model_of("ernie4_5_vl_moe", tmp_path)
-    monkeypatch.setattr("collegium.models.layerwise.LayerwiseModel.layer_loaded", refuse)
+    monkeypatch.setattr("collegium.layerwise.LayerwiseModel.layer_loaded", refuse)
     pack(model, tmp_path / "store")
     with pytest.raises(AssertionError, match="whole layer"):
         pack(converted, tmp_path / "other")

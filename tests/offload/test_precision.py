@@ -209,7 +209,7 @@ def test_a_plan_of_another_model_or_copies_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="could not read"):
         Table(str(tmp_path / "none.json")).build(GEOMETRY, BITS)
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(PlanError, match="field 'plan'"):
+    with pytest.raises(PlanError, match="field 'file'"):
         PrecisionPlan.load(tmp_path / "broken.json")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -88,14 +88,11 @@ def open_offloaded(
     from rich.console import Console
 
     from collegium.assets import model_folder
-    from collegium.offload.arithmetic import Kind
     from collegium.offload.model import load_offloaded
     from collegium.offload.policies import find_policy
     from collegium.offload.precision import find_precision
     from collegium.offload.prefetch import find_prefetch
 
-    if arithmetic not in get_args(Kind):
-        raise ConfigError(f"--arithmetic is {', '.join(get_args(Kind))}, not {arithmetic!r}")
     if predictor is None and fit is not None:
         raise ConfigError("--fit is what a --predictor learns from; name one, or leave it out")
     console = Console(stderr=True)

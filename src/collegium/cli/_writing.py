@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from collegium.errors import ConfigError
+from collegium.offload.budget import peak_bytes
 
 if TYPE_CHECKING:
     from collegium.offload.model import Offloaded
@@ -104,10 +105,10 @@ class Writer:
         while common < min(len(ids) - 1, len(self._ids)) and ids[common] == self._ids[common]:
             common += 1
         plain = self._cache is not None and all(type(layer) is DynamicLayer for layer in self._cache.layers)
-        if plain and common:
-            self._cache.crop(common - self._cache.get_seq_length())
-        else:
+        if not (plain and common):
             self._cache = None
+        elif surplus := self._cache.get_seq_length() - common:
+            self._cache.crop(-surplus)
 
     def _shown(self) -> Any:
         from collegium.cli._panel import Shown
@@ -127,6 +128,7 @@ class Writer:
             "hit_rate": round((more["hits"] + more["prefetched"]) / asked, 4),
             "bytes_read": more["read_bytes"],
             "stall_seconds": round(more["stall_seconds"], 3),
+            "peak_bytes": peak_bytes(),
         }
         if not self._quiet:
             typer.echo(

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from collegium.compress.plan_layer import LayerPlan
 from collegium.compress.router_edits import router_edit_needs
 from collegium.compress.target import Target
 from collegium.errors import ConfigError, PlanError
-from collegium.files import atomic_file
+from collegium.files import atomic_file, read_record
 
 __all__ = [
     "Asked",
@@ -239,17 +239,7 @@ class Plan(BaseModel):
         Raises:
             PlanError: it is no plan, of another schema, or nonsense; the field is named.
         """
-        path = Path(path)
-        try:
-            if path.stat().st_size > _LIMIT:
-                raise PlanError(f"{path} is over the limit of {_LIMIT} bytes")
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise PlanError(f"could not read {path}: {error.strerror}") from error
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(map(str, first["loc"])) or "plan"
-            raise PlanError(f"{path}: field {field!r}: {first['msg'].removeprefix('Value error, ')}") from error
+        return read_record(Path(path), cls, limit=_LIMIT, error=PlanError)
 
 
 @dataclass(frozen=True)

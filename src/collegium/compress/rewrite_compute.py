@@ -26,10 +26,10 @@ from collegium.compress.rewrite_layout import Block, router_axis
 from collegium.compress.router_edits import RouterRows, edit_router, edit_vector, mixing, router_edit_needs
 from collegium.errors import CheckpointError, ConfigError, PlanError, UnsupportedFamilyError
 from collegium.experts.weights import ExpertWeights
+from collegium.layerwise import LayerwiseModel
 from collegium.measure.collect import weights_of
 from collegium.measure.statistics import Statistics
 from collegium.models.checkpoint import Checkpoint, TensorInfo
-from collegium.models.layerwise import LayerwiseModel
 from collegium.models.shards import Piece
 from collegium.models.summary import layer_of, part_of
 from collegium.sites import Site, sites

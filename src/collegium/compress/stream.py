@@ -24,11 +24,11 @@ from collegium.compress.stream_forward import Forward, Part, check_layers
 from collegium.compress.stream_ranks import add_up, open_group
 from collegium.compress.stream_store import PartialRun
 from collegium.errors import CheckpointError, ConfigError, DataError
+from collegium.layerwise import LayerwiseModel
 from collegium.measure.collect import Collector, Counts, Feed, SiteCollection, batch_columns, statistics_meta
 from collegium.measure.residual import Residuals
 from collegium.measure.statistics import META, Statistics, StatisticsMeta
 from collegium.models.checkpoint import Checkpoint, open_checkpoint
-from collegium.models.layerwise import LayerwiseModel
 from collegium.sites import sites, tap
 from collegium.trace.run import Batch, batch_ids, batch_inputs
 from collegium.train.ranks import Ranks, open_ranks

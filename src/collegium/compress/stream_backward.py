@@ -25,8 +25,8 @@ from collegium.compress.gradients import GradientBatch, Gradients
 from collegium.compress.stream_forward import Forward, Part, no_gradients
 from collegium.compress.stream_store import PartialRun
 from collegium.errors import ModelError
+from collegium.layerwise import LayerwiseModel
 from collegium.measure.collect import Collector, SiteCollection, weights_of
-from collegium.models.layerwise import LayerwiseModel
 from collegium.routing import Routing
 from collegium.sites import Site, sites
 from collegium.sites.adapters.seam import Seam

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from collegium.errors import UnsupportedFamilyError
-from collegium.models.layerwise import LayerwiseModel
+from collegium.layerwise import LayerwiseModel
 
 __all__ = ["Forward", "Part", "check_layers", "no_gradients"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -111,5 +111,11 @@ def _plus(rows: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def arithmetic(kind: Kind, layout: ExpertLayout, module: nn.Module) -> Arithmetic:
-    """The arithmetic of that name for one layer's experts module, which need not have its weights."""
+    """The arithmetic of that name for one layer's experts module, which need not have its weights.
+
+    Raises:
+        ConfigError: there is no such arithmetic, or it cannot take these weights.
+    """
+    if kind not in get_args(Kind):
+        raise ConfigError(f"experts are computed {', '.join(get_args(Kind))}, not {kind!r}")
     return Unchanged(layout, module) if kind == "exact" else Stored(layout, module, rounded=kind == "fast")

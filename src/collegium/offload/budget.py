@@ -45,7 +45,7 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """The most that this process has held. Linux only; 0 elsewhere."""
+    """The most that this process has held since it was measured last. Linux only; 0 elsewhere."""
     return _status("VmHWM")
 
 

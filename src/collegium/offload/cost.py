@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from collegium.errors import ConfigError, StorageError
-from collegium.files import atomic_file
+from collegium.files import atomic_file, read_record
 
 __all__ = ["CostModel", "measure_cost"]
 
@@ -104,15 +104,7 @@ class CostModel(BaseModel):
         Raises:
             ConfigError: the file is missing or not one; the field is named.
         """
-        try:
-            with file.open("rb") as handle:
-                return cls.model_validate_json(handle.read(_LIMIT))
-        except OSError as error:
-            raise ConfigError(f"cannot read the cost model {file}: {error.strerror}") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "file"
-            raise ConfigError(f"{file} is no cost model: field {field!r}: {first['msg']}") from error
+        return read_record(file, cls, limit=_LIMIT, error=ConfigError)
 
 
 def measure_cost(folder: Path, *, record: int = 4 << 20, size: int = 128 << 20, readers: int = 3) -> CostModel:

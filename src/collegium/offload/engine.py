@@ -27,8 +27,9 @@ from collegium.offload.meter import Meter
 from collegium.offload.policies.base import Use
 from collegium.offload.pool import Done, Pool
 from collegium.offload.precision.base import Choice, PrecisionPolicy
-from collegium.offload.predictors.base import Moment, Predictor
+from collegium.offload.predictors.base import FEW, Moment, Predictor
 from collegium.offload.prefetch import Prefetch, plan
+from collegium.offload.schedule import load_order
 from collegium.offload.store import ExpertSource, ReadQueue
 
 __all__ = ["AHEAD", "DISK", "MEMORY", "Engine", "Watcher"]
@@ -36,9 +37,6 @@ __all__ = ["AHEAD", "DISK", "MEMORY", "Engine", "Watcher"]
 MEMORY, AHEAD, DISK = range(3)
 """Where an expert came from, as watchers are told: it was in memory, it was prefetched (perhaps still on its way), or
 it was read from the disk while its token waited."""
-
-FEW = 32
-"""Up to so many tokens of a pass a predictor is asked. A prompt's tokens need nearly all experts of every layer."""
 
 _SMOOTH = 0.9
 
@@ -122,7 +120,7 @@ class Engine:
             self._read_ahead(-1)
 
     def see_gate(self, x: Tensor | None, probabilities: Tensor | None) -> None:
-        """What the router of the layer that comes next sees ``[T, d]``, and its probabilities ``[T, E]``."""
+        """What the router of the layer that comes next saw ``[T, d]``, and its probabilities ``[T, E]``."""
         self._gate_input = x
         self._probabilities = None if probabilities is None else probabilities.float().mean(0).numpy()
 
@@ -174,6 +172,7 @@ class Engine:
             raise
         for part in parts:
             self._tell(layer, part.pool, assigned, len(x))
+        self._gate_input = self._probabilities = None  # they are of this layer
         for watch in self._watchers:
             watch(self.geometry.layers[layer], experts, weights, source[np.minimum(experts, len(source) - 1)])
         y = first_kernel.combine(out, assigned.token, assigned.weight, assigned.edges, x)
@@ -190,15 +189,20 @@ class Engine:
         return self.precision.choose(Choice(layer, experts, weights, resident, decode))
 
     def _parts(self, layer: int, assigned: Assigned, tokens: int) -> list[_Part]:
-        """The experts of each pool in the order to load them: the heaviest first, in a prompt the most popular."""
-        worth = assigned.mass if tokens <= FEW else assigned.counts
-        order = np.argsort(-worth, kind="stable")
+        """The experts of each pool in the order to ask for them."""
         parts = []
-        for bits, pool in self.pools.items():
-            own = order if len(self.pools) == 1 else order[assigned.bits[order] == bits]
-            if len(own):
-                parts.append(_Part(pool, assigned.experts[own]))
+        for pool in self.pools.values():
+            own = self._own(pool, assigned)
+            experts = assigned.experts[own]
+            if len(experts):
+                resident = pool.cache.is_resident(layer)[experts]
+                order = load_order(resident, assigned.mass[own], assigned.counts[own], tokens)
+                parts.append(_Part(pool, experts[order]))
         return parts
+
+    def _own(self, pool: Pool, assigned: Assigned) -> slice | Array:
+        """Which of the distinct experts take their copy from a pool."""
+        return slice(None) if len(self.pools) == 1 else assigned.bits == pool.bits
 
     def _request(self, layer: int, parts: list[_Part], source: Array) -> None:
         """Ask for as many as fit."""
@@ -295,15 +299,16 @@ class Engine:
             part.pool.cache.release(layer, np.array(list(part.held), np.int64))
 
     def _tell(self, layer: int, pool: Pool, assigned: Assigned, tokens: int) -> None:
-        own = np.flatnonzero(assigned.bits == pool.bits) if len(self.pools) > 1 else np.arange(len(assigned.experts))
-        own = own[np.argsort(-assigned.mass[own], kind="stable")]
+        own = self._own(pool, assigned)
+        mass = assigned.mass[own]
+        order = np.argsort(-mass, kind="stable")
         pool.cache.finish(
             Use(
                 layer=layer,
-                experts=assigned.experts[own],
-                weights=assigned.mass[own],
-                counts=assigned.counts[own],
-                exact=assigned.bits[own] == self.precision.bits[0],
+                experts=assigned.experts[own][order],
+                weights=mass[order],
+                counts=assigned.counts[own][order],
+                exact=np.full(len(order), pool.bits == self.precision.bits[0]),
                 probabilities=self._probabilities,
                 tokens=tokens,
             )

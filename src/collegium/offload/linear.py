@@ -10,6 +10,7 @@ Legend: a matrix is ``[p, q]``, input rows ``[n, q]``.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,62 +53,63 @@ def _kernel() -> int:
 
 
 class _Rounded(nn.Linear):
-    """A linear map whose `weight` is int8, with a scale ``[p]`` beside it."""
+    """A linear map with int8 codes and a scale ``[p]``. It has no `weight`: who takes that itself is to fail."""
 
+    codes: Tensor
     scale: Tensor
     rounding: Precision
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.reshape(-1, self.in_features).float()
-        out = stored_linear(rows, self.weight, self.scale, 8, activations=self.rounding)
+        out = stored_linear(rows, self.codes, self.scale, 8, activations=self.rounding)
         if self.bias is not None:
             out += self.bias
         return out.to(input.dtype).view(*input.shape[:-1], self.out_features)
 
 
 class _RoundedEmbedding(nn.Embedding):
-    """An embedding whose `weight` is int8, with a scale ``[V]`` beside it and a dtype of its results."""
+    """An embedding with int8 codes, a scale ``[V]`` and a dtype of its results, and no `weight`."""
 
+    codes: Tensor
     scale: Tensor
     result: torch.dtype
 
     def forward(self, input: Tensor) -> Tensor:
-        found = F.embedding(input, self.weight).float() * self.scale[input][..., None]
+        found = F.embedding(input, self.codes).float() * self.scale[input][..., None]
         return found.to(self.result)
 
 
-def stream_linears(model: nn.Module) -> int:
-    """Let every plain linear map of `model` with bfloat16 weights on the CPU run on our kernels; how many those are.
+def stream_linears(model: nn.Module) -> None:
+    """Let every plain linear map of `model` with bfloat16 weights on the CPU run on our kernels, where Numba is.
 
     Inference only: the results have no gradient.
     """
     if jit.missing is not None:
-        return 0
-    found = [
-        module
-        for module in model.modules()
-        if type(module) is nn.Linear
-        and module.weight.dtype == torch.bfloat16
-        and module.weight.device.type == "cpu"
-        and min(module.weight.shape) >= MIN_WIDTH
-    ]
-    for module in found:
-        module.__class__ = _Streamed  # parameters, hooks and names stay as they are
-    return len(found)
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear and _fits(module.weight):
+            module.__class__ = _Streamed  # parameters, hooks and names stay as they are
+
+
+def _fits(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and min(weight.shape) >= MIN_WIDTH
 
 
 @torch.no_grad()
-def hold_in_8_bits(model: nn.Module, rounding: Precision) -> None:
+def hold_in_8_bits(model: nn.Module, rounding: Precision, but: Iterable[nn.Module] = ()) -> None:
     """Round the matrices of plain linear maps and embeddings to 8 bits with a scale a row; tied ones stay tied.
 
-    Norms, routers and whatever else is no plain ``Linear`` or ``Embedding`` stay as they are. Inference only.
+    Norms and whatever else is no plain ``Linear`` or ``Embedding`` stay as they are. What is rounded has no `weight`
+    any more, so that a model which takes that itself, instead of calling the module, fails. Inference only.
 
     Args:
+        but: modules whose matrices stay as they are, with all inside them.
         rounding: whether input rows are rounded to 8 bits too ("int8"), see `StoredExperts`.
     """
-    made: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+    kept = {module for one in but for module in one.modules()}
     for module in model.modules():
-        if type(module) not in (nn.Linear, nn.Embedding):
+        if type(module) not in (nn.Linear, nn.Embedding) or module in kept:
             continue
         one: Any = module
         weight = one.weight
@@ -115,10 +117,10 @@ def hold_in_8_bits(model: nn.Module, rounding: Precision) -> None:
             continue
         key = weight.data_ptr()
         if key not in made:
-            codes, scale = quantise(weight, 8)
-            made[key] = nn.Parameter(codes, False), scale
-        one._parameters["weight"], scale = made[key]
-        one.register_buffer("scale", scale, persistent=False)
+            made[key] = quantise(weight, 8)
+        del one.weight
+        for name, tensor in zip(("codes", "scale"), made[key], strict=True):
+            one.register_buffer(name, tensor, persistent=False)
         if isinstance(one, nn.Embedding):
             one.result = weight.dtype
             one.__class__ = _RoundedEmbedding

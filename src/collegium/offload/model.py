@@ -9,44 +9,44 @@ Legend: T tokens of a pass, L MoE layers, K slots of a token, d model width, u r
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from collegium.errors import CheckpointError, ConfigError, NonFiniteError
+from collegium.errors import CheckpointError, ConfigError, NonFiniteError, UnsupportedFamilyError
 from collegium.experts.loose import FUSED
-from collegium.experts.stored import ExpertLayout
+from collegium.layerwise import LayerwiseModel
 from collegium.models.attention import use_lean_attention
-from collegium.models.layerwise import LayerwiseModel
-from collegium.offload.arithmetic import Kind, arithmetic
-from collegium.offload.budget import Budget, parse_bytes, peak_bytes, resident_bytes, share_slots
-from collegium.offload.engine import Engine
+from collegium.offload.arithmetic import Kind
+from collegium.offload.budget import Budget, parse_bytes, resident_bytes, share_slots
+from collegium.offload.engine import Engine, Watcher
 from collegium.offload.geometry import Geometry
 from collegium.offload.linear import hold_in_8_bits, stream_linears
+from collegium.offload.measuring import measure, trim
 from collegium.offload.policies import PolicySettings
 from collegium.offload.policies.lfu import LFU
 from collegium.offload.pool import Done, Pool
-from collegium.offload.precision.base import PrecisionPolicy, PrecisionSettings
+from collegium.offload.precision.base import PrecisionSettings
 from collegium.offload.precision.fixed import Fixed
 from collegium.offload.precision.table import Table
 from collegium.offload.predictors.base import Predictor
 from collegium.offload.prefetch import Prefetch
 from collegium.offload.slots import SlotPool
 from collegium.offload.store import ExpertSource, ReadQueue, open_source
-from collegium.sites import Site, sites
-from collegium.sites.adapters.base import flat
+from collegium.routing import Routing
+from collegium.routing.scores import Sigmoid, Softmax
+from collegium.sites import Site, sites, tap
 
-__all__ = ["CHUNK", "NAME", "Offloaded", "load_offloaded"]
+__all__ = ["CHUNK", "NAME", "Offloaded", "Settings", "load_offloaded"]
 
 NAME = "collegium-offload"
 """Of the experts implementation."""
@@ -55,6 +55,8 @@ CHUNK = 512
 """Tokens of a prompt that go through the model at once; longer prompts go in several passes."""
 
 _CACHE_BLOCK = 256
+_PROBE, _ALIKE = 16, 0.95
+"""Tokens that a model is compared on before and after rounding, and the least cosine of its logits."""
 _ENGINE = "_collegium_engine"
 
 
@@ -87,6 +89,20 @@ class Settings:
     readers: int = 3
     chunk: int = CHUNK
 
+    def __post_init__(self) -> None:
+        for name in ("experts", "sequences", "readers", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
+        if self.kind not in get_args(Kind):
+            raise ConfigError(f"experts are computed {', '.join(get_args(Kind))}, not {self.kind!r}")
+        if self.dense_bits not in (None, 8):
+            raise ConfigError(
+                f"weights besides the experts are held in 8 bits or as they are, not in {self.dense_bits}"
+            )
+        if self.dense_bits is not None and self.kind == "exact":
+            raise ConfigError("exact arithmetic takes all weights as they are; leave dense_bits out")
+
 
 class Offloaded:
     """A model whose experts are read as they are needed.
@@ -100,21 +116,30 @@ class Offloaded:
     """
 
     def __init__(
-        self, model: Any, engine: Engine, budget: Budget, source: ExpertSource, context: int, chunk: int
+        self,
+        model: Any,
+        engine: Engine,
+        budget: Budget,
+        source: ExpertSource,
+        context: int,
+        chunk: int,
+        taps: ExitStack,
     ) -> None:
         self.model, self.engine, self.budget, self.source = model, engine, budget, source
         self.context, self.chunk = context, chunk
+        self._taps = taps
 
     def counters(self) -> dict[str, float]:
         """See `Engine.counters`."""
         return self.engine.counters()
 
-    def watch(self, watcher: Any) -> Callable[[], None]:
+    def watch(self, watcher: Watcher) -> Callable[[], None]:
         """See `Engine.watch`."""
         return self.engine.watch(watcher)
 
     def close(self) -> None:
         """End the reader threads and let go of the files. The model cannot run any more."""
+        self._taps.close()
         self.engine.close()
 
     def __enter__(self) -> Offloaded:
@@ -155,7 +180,8 @@ def load_offloaded(
 
 
 def _load(source: ExpertSource, settings: Settings, context: int | None, say: Callable[[str], None]) -> Offloaded:
-    before = resident_bytes()
+    if settings.memory is not None and not resident_bytes():
+        raise ConfigError("a budget of memory is kept on Linux only, where a process can see what it holds")
     geometry = Geometry(
         experts=tuple(layer.num_experts for layer in source.layers),
         top_k=tuple(layer.top_k for layer in source.layers),
@@ -165,21 +191,20 @@ def _load(source: ExpertSource, settings: Settings, context: int | None, say: Ca
     if isinstance(asked, Table):  # a plan of another model is refused
         asked = replace(asked, fingerprint=source.fingerprint)
     precision = asked.build(geometry, tuple(sorted(source.layers[0].layouts, reverse=True)))
-    if settings.dense_bits is None:
-        _refuse_hopeless(source, settings.memory, before)
+    _refuse_hopeless(source, settings)
     say("reading the weights besides the experts")
     model, found = _build(source)
     if settings.dense_bits is not None:
-        _round_dense(model, settings)
+        _round_dense(model, found, settings)
     if settings.kind != "exact":
         stream_linears(model)
         use_lean_attention(model)
-    _trim()
+    trim()
     context = _context(model, context)
     chunk = min(settings.chunk, context)
     say("measuring what a pass takes")
     weights = sum(tensor.nbytes for tensor in _unique(model))
-    needs = _measure(model, found, source, precision, settings.kind, chunk)
+    needs = measure(model, found, source, precision, settings.kind, chunk)
     budget = share_slots(
         settings.memory,
         process=max(needs.resident - weights, 0),
@@ -199,21 +224,23 @@ def _load(source: ExpertSource, settings: Settings, context: int | None, say: Ca
     ]
     predictor = None if settings.predictor is None else settings.predictor(model, geometry)
     engine = Engine(geometry, source, reader, pools, done, precision, predictor, settings.prefetch, kind=settings.kind)
-    _connect(model, found, engine)
-    return Offloaded(model, engine, budget, source, context, chunk)
+    taps = _connect(model, found, engine)
+    return Offloaded(model, engine, budget, source, context, chunk, taps)
 
 
 def _sizes(source: ExpertSource, bits: int) -> list[int]:
     return [layer.layouts[bits].nbytes for layer in source.layers]
 
 
-def _refuse_hopeless(source: ExpertSource, memory: int | None, process: int) -> None:
-    """Before minutes of reading: the weights that must be in memory anyway."""
+def _refuse_hopeless(source: ExpertSource, settings: Settings) -> None:
+    """Before the weights are read that would not fit themselves, so that no exact number can be measured."""
     weights = sum(info.nbytes for name, info in source.checkpoint.tensors.items() if name not in source.expert_tensors)
-    if memory is not None and weights + process > memory:
+    if settings.memory is not None and weights > settings.memory:
+        least = weights // (1 if settings.dense_bits is None else 2) + resident_bytes()
+        advice = "" if settings.dense_bits else "; dense_bits=8 (--dense-bits 8) halves them once they are read"
         raise ConfigError(
-            f"{memory / 2**30:.2f} GiB is too little: the weights besides the experts take {weights / 2**30:.2f} GiB "
-            f"and the interpreter {process / 2**30:.2f} GiB already, and some experts must fit, too"
+            f"{settings.memory / 2**30:.2f} GiB is too little even to read the weights besides the experts, "
+            f"{weights / 2**30:.2f} GiB{advice}; no less than {-(-max(least, weights) // 2**20)}MiB can work"
         )
 
 
@@ -224,20 +251,22 @@ def _context(model: Any, asked: int | None) -> int:
     return min(longest, 4096) if asked is None else asked
 
 
-def _round_dense(model: Any, settings: Settings) -> None:
-    if settings.dense_bits != 8 or settings.kind == "exact":
-        raise ConfigError(
-            f"weights besides the experts are held in 8 bits or as they are, not in {settings.dense_bits}; and exact "
-            "arithmetic takes them as they are"
+@torch.inference_mode()
+def _round_dense(model: Any, found: list[Site], settings: Settings) -> None:
+    """Hold matrices besides experts and routers in 8 bits, and make sure that the model still computes the same: some
+    families take a weight itself instead of calling its module."""
+    ids = torch.arange(_PROBE)[None] % model.get_input_embeddings().num_embeddings
+    before = model(input_ids=ids).logits.float()
+    hold_in_8_bits(model, "int8" if settings.kind == "fast" else "float32", but=[site.gate for site in found])
+    try:
+        alike = float(torch.nn.functional.cosine_similarity(before, model(input_ids=ids).logits.float(), -1).median())
+        reason = None if alike > _ALIKE else f"logits agree to {alike:.3f} only"
+    except AttributeError as error:
+        reason = str(error)
+    if reason is not None:
+        raise UnsupportedFamilyError(
+            f"the weights of family {found[0].family!r} cannot be held in 8 bits ({reason}); leave dense_bits out"
         )
-    hold_in_8_bits(model, "int8" if settings.kind == "fast" else "float32")
-
-
-def _trim() -> None:
-    """Give back to the system what loading has left in the C library's heap; glibc only."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 # ---- the model without its experts -----------------------------------------------------------------------------------
@@ -296,8 +325,8 @@ def _experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tens
     return engine.run(layer, module, hidden_states, top_k_index, top_k_weights)
 
 
-def _connect(model: Any, found: list[Site], engine: Engine) -> None:
-    """Let the model call the engine."""
+def _connect(model: Any, found: list[Site], engine: Engine) -> ExitStack:
+    """Let the model call the engine; what must be closed with it."""
 
     def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -307,97 +336,27 @@ def _connect(model: Any, found: list[Site], engine: Engine) -> None:
         engine.begin(torch.empty(0).numpy() if ids is None else ids.reshape(-1).numpy())
 
     model.register_forward_pre_hook(start, with_kwargs=True)
-    inputs, probabilities = engine.sees_gates
     for layer, site in enumerate(found):
         setattr(site.experts, _ENGINE, (engine, layer))
-        if inputs or probabilities:
-            site.gate.register_forward_hook(_gate_hook(engine, site, probabilities))
+    inputs, probabilities = engine.sees_gates
+    taps = ExitStack()
+    if inputs or probabilities:
+        taps.enter_context(tap(model, _Gates(engine), logits=probabilities))
+    return taps
 
 
-def _gate_hook(engine: Engine, site: Site, probabilities: bool) -> Callable[..., None]:
-    make = {"sigmoid": torch.sigmoid}.get(site.score, lambda logits: logits.float().softmax(-1))
+class _Gates:
+    """A tap that tells the engine what routers saw and how likely each expert was. Of scores that are unknown here it
+    tells no probabilities."""
 
-    def see(gate: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        logits = flat(site.adapter.logits(output))[:, : site.num_experts] if probabilities else None
-        engine.see_gate(flat(args[0]), None if logits is None else make(logits))
+    view = "gate"
 
-    return see
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
-
-# ---- measuring -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Needs:
-    """Bytes that were measured.
-
-    Attributes:
-        resident: held by the process with the model loaded and everything compiled.
-        working: more than that at the peak of a pass.
-        cache_start, cache_token: of one sequence's cache, at its start and for each token.
-    """
-
-    resident: int
-    working: int
-    cache_start: float
-    cache_token: float
+    def __call__(self, site: Site, x: Tensor, routing: Routing) -> None:
+        score = _SCORES.get(site.score) if routing.logits is not None else None
+        self._engine.see_gate(x, None if score is None else score(routing.logits.float()))  # type: ignore[union-attr]
 
 
-@torch.inference_mode()
-def _measure(
-    model: Any, found: list[Site], source: ExpertSource, precision: PrecisionPolicy, kind: Kind, chunk: int
-) -> _Needs:
-    """Run the model without its experts on the largest pass and on one token, and one expert on as many rows."""
-    short = max(1, chunk // 2)
-    _forward(model, 1)  # compiles and starts what is done once
-    _forward_experts(found, source, precision, kind, 1)
-    with _peak() as few:
-        first = _forward(model, short)
-    with _peak() as many:
-        second = _forward(model, chunk)
-    rows = max(layer.top_k for layer in source.layers) * chunk
-    with _peak() as experts:
-        _forward_experts(found, source, precision, kind, rows)
-    slope = max(0.0, (second - first) / max(chunk - short, 1))
-    working = max(few.bytes, many.bytes) + experts.bytes
-    return _Needs(resident_bytes(), working, max(0.0, second - slope * chunk), slope)
-
-
-def _forward(model: Any, tokens: int) -> int:
-    """One pass of so many tokens; bytes of the cache after it."""
-    cache = DynamicCache(config=model.config)
-    ids = torch.zeros(1, tokens, dtype=torch.long)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return sum(tensor.nbytes for layer in cache.layers for tensor in vars(layer).values() if isinstance(tensor, Tensor))
-
-
-def _forward_experts(
-    found: list[Site], source: ExpertSource, precision: PrecisionPolicy, kind: Kind, rows: int
-) -> None:
-    """An expert of zeros in each layout there is, with all rows of a pass."""
-    layouts: dict[ExpertLayout, tuple[Site, int]] = {}
-    for site, layer in zip(found, source.layers, strict=True):
-        for bits in precision.used_bits:
-            layouts.setdefault(layer.layouts[bits], (site, rows))
-    dtype = next(tensor.dtype for tensor in found[0].gate.parameters())
-    for layout, (site, count) in layouts.items():
-        slot = SlotPool(1, layout.nbytes)
-        run = arithmetic(kind, layout, site.experts)
-        x, out = run.rows(torch.zeros(count, layout.d, dtype=dtype), count)
-        run.compute(x, torch.arange(count), [(slot.record(0, layout.nbytes), 0, count)], out)
-        run.combine(out, torch.arange(count), torch.ones(count), [0, count], x)
-
-
-class _Peak:
-    bytes = 0
-
-
-@contextmanager
-def _peak() -> Iterator[_Peak]:
-    """How much more was held within the context than before it, at the most. Linux only; 0 elsewhere."""
-    found, reset = _Peak(), Path("/proc/self/clear_refs")
-    before = resident_bytes()
-    if reset.exists():
-        reset.write_text("5")  # the peak starts again from here
-    yield found
-    found.bytes = max(0, peak_bytes() - before)
+_SCORES = {"softmax": Softmax(), "sigmoid": Sigmoid()}

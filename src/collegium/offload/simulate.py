@@ -24,11 +24,11 @@ from collegium.offload.geometry import Array
 from collegium.offload.policies.base import PolicySettings, Use
 from collegium.offload.policies.opt import OPT
 from collegium.offload.precision.base import SKIP, Choice
-from collegium.offload.predictors.base import Moment, Prediction, Predictor
+from collegium.offload.predictors.base import FEW, Moment, Prediction, Predictor
 from collegium.offload.prefetch import plan
 from collegium.offload.simulate_bound import optimal_hits
 from collegium.offload.simulate_link import Link, Read
-from collegium.offload.simulate_passes import FEW, Passes, PassesBy, Step
+from collegium.offload.simulate_passes import Passes, PassesBy, Step
 from collegium.offload.simulation import Simulation, SimulationSettings
 from collegium.trace import Trace
 

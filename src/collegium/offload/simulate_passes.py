@@ -21,18 +21,16 @@ import numpy as np
 from collegium.errors import ConfigError, TraceError
 from collegium.offload.geometry import Array, Geometry
 from collegium.offload.policies.opt import Stream
+from collegium.offload.schedule import load_order
 from collegium.trace import Trace
 from collegium.trace.schema import PHASES
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FEW", "Passes", "PassesBy", "Step", "recorded_gate_inputs"]
+__all__ = ["Passes", "PassesBy", "Step", "recorded_gate_inputs"]
 
 PassesBy = Literal["auto", "tokens", "sequences", "recorded"]
-
-FEW = 32
-"""Up to so many tokens of a pass loads are ordered by weight and experts read ahead, as in the engine."""
 
 _PREFILL = PHASES.index("prefill")
 
@@ -45,8 +43,8 @@ class Step:
         experts: ``[n]`` distinct ids, ascending.
         weights: ``[n]`` float32 sum over tokens of the combine weights.
         counts: ``[n]`` tokens that use each.
-        order: ``[n]`` places in `experts` in the order to ask for them: the heaviest first, in a prompt the most
-            popular; of equals the lower id.
+        order: ``[n]`` places in `experts` in the order to ask for them, as `load_order` has it where nothing is
+            resident; the cache puts residents first.
     """
 
     experts: Array
@@ -64,8 +62,8 @@ class Step:
         mass = np.zeros(0, np.float32)
         if len(distinct):
             mass = np.add.reduceat(weights.T.reshape(-1)[order], first)
-        worth = mass if len(experts) <= FEW else counts
-        return cls(distinct.astype(np.int64), mass, counts, np.argsort(-worth, kind="stable"))
+        order = load_order(np.zeros(len(distinct), np.bool_), mass, counts, len(experts))
+        return cls(distinct.astype(np.int64), mass, counts, order)
 
 
 class Passes:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from collegium.catalog import method
 from collegium.errors import ConfigError, PlanError
-from collegium.files import atomic_file
+from collegium.files import atomic_file, read_record
 from collegium.offload.geometry import Array, Geometry
 from collegium.offload.precision.base import Choice, PrecisionPolicy, PrecisionSettings
 from collegium.offload.precision.fixed import Fixed
@@ -101,17 +101,7 @@ class PrecisionPlan(BaseModel):
         Raises:
             PlanError: it is no precision plan, or contradicts itself; the field is named.
         """
-        path = Path(path)
-        try:
-            if path.stat().st_size > _LIMIT:
-                raise PlanError(f"{path} is over the limit of {_LIMIT} bytes")
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise PlanError(f"could not read {path}: {error.strerror}") from error
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(map(str, first["loc"])) or "plan"
-            raise PlanError(f"{path}: field {field!r}: {first['msg'].removeprefix('Value error, ')}") from error
+        return read_record(Path(path), cls, limit=_LIMIT, error=PlanError)
 
 
 @method("table", kind="precision", paper="EdgeMoE (2023)", arxiv="2308.14352")

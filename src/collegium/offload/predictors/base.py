@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
     from collegium.trace import Trace
 
-__all__ = ["Gates", "Moment", "Prediction", "Predictor", "PredictorSettings"]
+__all__ = ["FEW", "Gates", "Moment", "Prediction", "Predictor", "PredictorSettings"]
+
+
+FEW = 32
+"""Up to so many tokens of a pass a predictor is asked. A prompt's tokens need nearly all experts of every layer."""
 
 
 @dataclass(frozen=True, eq=False)

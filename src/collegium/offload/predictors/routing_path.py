@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from collegium._version import __version__
 from collegium.catalog import method
 from collegium.errors import CheckpointError, ConfigError
-from collegium.files import atomic_dir
+from collegium.files import atomic_dir, read_record
 from collegium.offload.geometry import Array, Geometry
 from collegium.offload.named import settled
 from collegium.offload.predictors.base import Gates, Moment, Prediction, Predictor
@@ -146,7 +146,7 @@ class RoutingPathPredictor(Predictor):
             CheckpointError: it is no such predictor, is damaged, or was trained for other layers or experts.
         """
         folder = Path(folder)
-        meta = _Meta.read(folder / META)
+        meta = read_record(folder / META, _Meta, limit=_META_LIMIT, error=CheckpointError)
         if (meta.experts, meta.layers) != (geometry.experts, geometry.layers):
             raise CheckpointError(
                 f"{folder} was trained for layers {meta.layers} with {meta.experts} experts; the model has layers "
@@ -181,17 +181,3 @@ class _Meta(BaseModel):
     settings: dict[str, int | float]
     fingerprint: str | None
     collegium: str
-
-    @classmethod
-    def read(cls, path: Path) -> _Meta:
-        """Raises CheckpointError."""
-        try:
-            if path.stat().st_size > _META_LIMIT:
-                raise CheckpointError(f"{path} is over the limit of {_META_LIMIT} bytes")
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise CheckpointError(f"could not read {path}: {error.strerror}") from error
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(map(str, first["loc"])) or "file"
-            raise CheckpointError(f"{path}: field {field!r}: {first['msg']}") from error

@@ -11,8 +11,8 @@ import torch
 from collegium.errors import UnsupportedFamilyError
 from collegium.experts.from_module import expert_weights
 from collegium.experts.weights import ExpertWeights
+from collegium.layerwise import LayerwiseModel
 from collegium.models.checkpoint import Checkpoint
-from collegium.models.layerwise import LayerwiseModel
 from collegium.sites import Site, sites
 
 __all__ = ["Block", "expert_blocks", "expert_dtype", "expert_tensors", "open_layerwise"]

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import errno
 import os
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 from collegium.errors import CheckpointError
 from collegium.experts.stored import ALIGNMENT
 from collegium.offload.store.source import Bytes, aligned
 
-__all__ = ["DirectFile", "drop_pages"]
+__all__ = ["DirectFile", "drop_pages", "warn_if_indirect"]
 
 _O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only
 _REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -71,6 +73,18 @@ class DirectFile:
         if self._handle >= 0:
             os.close(self._handle)
         self._handle = -1
+
+
+def warn_if_indirect(folder: Path, files: Iterable[DirectFile]) -> bool:
+    """Whether all reads pass the page cache by; if not, one warning says so."""
+    direct = all(file.direct for file in files)
+    if not direct:
+        warnings.warn(
+            f"the file system of {folder} has no direct reads: they go through the page cache, whose pages are dropped "
+            "after each, and are slower",
+            stacklevel=4,
+        )
+    return direct
 
 
 def drop_pages(handle: int, offset: int = 0, nbytes: int = 0) -> None:

@@ -6,7 +6,6 @@ The checksum of a record is compared on its first read, and again on every read 
 from __future__ import annotations
 
 import os
-import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from safetensors.numpy import load_file
 
 from collegium.errors import CheckpointError, ConfigError
 from collegium.models.checkpoint import open_checkpoint
-from collegium.offload.store.direct import DirectFile
+from collegium.offload.store.direct import DirectFile, warn_if_indirect
 from collegium.offload.store.meta import CHECKSUMS, experts_file, read_meta
 from collegium.offload.store.source import Bytes, StoredLayer, check_buffer, layout_of
 
@@ -62,13 +61,7 @@ class ExpertStore:
         except CheckpointError:
             self.close()
             raise
-        self.direct = all(file.direct for file in self._files.values())
-        if not self.direct:
-            warnings.warn(
-                f"the file system of {self.folder} has no direct reads: they go through the page cache, whose pages "
-                "are dropped after each, and are slower",
-                stacklevel=3,
-            )
+        self.direct = warn_if_indirect(self.folder, self._files.values())
 
     def read(self, layer: int, expert: int, bits: int, into: Bytes) -> None:
         """See `ExpertSource.read`."""

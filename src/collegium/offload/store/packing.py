@@ -28,9 +28,9 @@ from collegium.experts.from_module import expert_weights
 from collegium.experts.stored import BITS, ExpertLayout
 from collegium.experts.weights import ExpertWeights
 from collegium.files import atomic_file
+from collegium.layerwise import LayerwiseModel
 from collegium.models.checkpoint import Checkpoint, open_checkpoint
 from collegium.models.families import lookup
-from collegium.models.layerwise import LayerwiseModel
 from collegium.models.shards import Piece, check_space, copy_others, shards, source_state, write_shards
 from collegium.models.summary import split_extra
 from collegium.offload.store.blocks import Block, open_layerwise

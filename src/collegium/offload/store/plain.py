@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from collegium.errors import CheckpointError, ConfigError, UnsupportedFamilyErro
 from collegium.experts.stored import ALIGNMENT, ExpertLayout
 from collegium.models.checkpoint import open_checkpoint
 from collegium.offload.store.blocks import Block, expert_dtype, open_layerwise
-from collegium.offload.store.direct import DirectFile
+from collegium.offload.store.direct import DirectFile, warn_if_indirect
 from collegium.offload.store.regions import Region, expert_regions
 from collegium.offload.store.source import Bytes, StoredLayer, aligned, check_buffer, layout_of
 
@@ -78,13 +78,7 @@ class PlainExperts:
         except CheckpointError:
             self.close()
             raise
-        self.direct = all(file.direct for file in self._files.values())
-        if not self.direct:
-            warnings.warn(
-                f"the file system of {folder} has no direct reads: they go through the page cache, whose pages are "
-                "dropped after each, and are slower",
-                stacklevel=3,
-            )
+        self.direct = warn_if_indirect(Path(folder), self._files.values())
 
     def read(self, layer: int, expert: int, bits: int, into: Bytes) -> None:
         """See `ExpertSource.read`."""

@@ -25,8 +25,8 @@ from transformers.core_model_loading import (
 )
 
 from collegium.errors import CheckpointError, UnsupportedFamilyError
+from collegium.layerwise import LayerwiseModel
 from collegium.models.checkpoint import TensorInfo
-from collegium.models.layerwise import LayerwiseModel
 from collegium.offload.store.blocks import Block
 
 __all__ = ["Region", "expert_regions"]
