@@ -118,10 +118,11 @@ def atomic_dir(target: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(retired, ignore_errors=True)
 
 
-def read_record(path: Path, record: type[Record], *, limit: int, error: type[CollegiumError]) -> Record:
+def read_record(path: Path, record: type[Record], *, what: str, limit: int, error: type[CollegiumError]) -> Record:
     """A pydantic record from a JSON file, in which nothing is trusted.
 
     Args:
+        what: it should be, in words.
         limit: bytes that the file may have.
         error: what is raised.
 
@@ -135,7 +136,7 @@ def read_record(path: Path, record: type[Record], *, limit: int, error: type[Col
             raise error(f"{path} is over the limit of {limit} bytes")
         return record.model_validate_json(path.read_bytes())
     except OSError as reason:
-        raise error(f"could not read {path}: {reason.strerror}") from reason
+        raise error(f"could not read the {what} {path}: {reason.strerror}") from reason
     except ValidationError as reason:
         first = reason.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "file"

@@ -98,7 +98,7 @@ def test_events_are_written(traced: tuple[Path, Path], tmp_path: Path) -> None:
         (["--ratio", "2", "--policy", "lru:x=1"], "no setting 'x'"),
         (["--ratio", "2", "--prefetch", "2"], "--predictor"),
         (["--ratio", "2", "--predictor", "token_id"], "--fit"),
-        (["--ratio", "2", "--cost", "none.json"], "cannot read the cost model"),
+        (["--ratio", "2", "--cost", "none.json"], "could not read the cost model"),
     ],
 )
 def test_what_cannot_be_simulated_is_one_line(

@@ -143,9 +143,12 @@ def test_ctrl_c_leaves_cleanly(trained: Path, tmp_path: Path) -> None:
     for arguments in ([str(tmp_path), "--interval", "30"], [str(tmp_path / "nothing"), "--wait"]):
         command = [sys.executable, "-u", "-m", "collegium", "watch", *arguments]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as view:
-            time.sleep(3)
-            view.send_signal(signal.SIGINT)
-            output, errors = view.communicate(timeout=20)
+            try:
+                time.sleep(3)
+                view.send_signal(signal.SIGINT)
+                output, errors = view.communicate(timeout=20)
+            finally:  # or a view that missed the signal would be waited for without end
+                view.kill()
         assert view.returncode == 0, errors
         assert "Traceback" not in errors
         assert ("loss" in output) == ("nothing" not in arguments[0])

@@ -336,7 +336,7 @@ class TestCost:
             (tmp_path / "bad.json").write_text(bad)
             with pytest.raises(ConfigError, match=match):
                 CostModel.load(tmp_path / "bad.json")
-        with pytest.raises(ConfigError, match="could not read"):
+        with pytest.raises(ConfigError, match="could not read the cost model"):
             CostModel.load(tmp_path / "none.json")
 
     def test_measured(self, tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ class Plan(BaseModel):
         Raises:
             PlanError: it is no plan, of another schema, or nonsense; the field is named.
         """
-        return read_record(Path(path), cls, limit=_LIMIT, error=PlanError)
+        return read_record(Path(path), cls, what="plan", limit=_LIMIT, error=PlanError)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class CostModel(BaseModel):
         Raises:
             ConfigError: the file is missing or not one; the field is named.
         """
-        return read_record(file, cls, limit=_LIMIT, error=ConfigError)
+        return read_record(file, cls, what="cost model", limit=_LIMIT, error=ConfigError)
 
 
 def measure_cost(folder: Path, *, record: int = 4 << 20, size: int = 128 << 20, readers: int = 3) -> CostModel:

@@ -101,7 +101,7 @@ class PrecisionPlan(BaseModel):
         Raises:
             PlanError: it is no precision plan, or contradicts itself; the field is named.
         """
-        return read_record(Path(path), cls, limit=_LIMIT, error=PlanError)
+        return read_record(Path(path), cls, what="precision plan", limit=_LIMIT, error=PlanError)
 
 
 @method("table", kind="precision", paper="EdgeMoE (2023)", arxiv="2308.14352")

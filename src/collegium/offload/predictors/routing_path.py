@@ -146,7 +146,7 @@ class RoutingPathPredictor(Predictor):
             CheckpointError: it is no such predictor, is damaged, or was trained for other layers or experts.
         """
         folder = Path(folder)
-        meta = read_record(folder / META, _Meta, limit=_META_LIMIT, error=CheckpointError)
+        meta = read_record(folder / META, _Meta, what="predictor", limit=_META_LIMIT, error=CheckpointError)
         if (meta.experts, meta.layers) != (geometry.experts, geometry.layers):
             raise CheckpointError(
                 f"{folder} was trained for layers {meta.layers} with {meta.experts} experts; the model has layers "
