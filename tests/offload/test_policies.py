@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from policy_drive import POLICIES, Drive, use
 
@@ -193,6 +193,7 @@ def test_arc_learns_to_keep_what_is_used_twice() -> None:
 
 
 @settings(max_examples=30, deadline=None)
+@example([0, 0, 1, 2, 3, 1, 0], 2)  # the new expert takes the place of the oldest name in B1
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=80), st.integers(1, 6))
 def test_arc_of_one_expert_a_token_is_the_published_algorithm(requests: list[int], capacity: int) -> None:
     geometry = Geometry(experts=(8,), top_k=(1,), layers=(0,))

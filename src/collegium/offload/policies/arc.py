@@ -65,6 +65,7 @@ class _Lists:
         self.left_twice.pop(key, None)
         (self.twice if known else self.once)[key] = None
         self.unused.add(key)
+        self._trim()
 
     def leave(self, key: int) -> None:
         seen = key not in self.unused
