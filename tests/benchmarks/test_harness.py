@@ -28,6 +28,14 @@ def test_ratio_above_one_is_better_for_us() -> None:
     assert [row.met for row in FAKE] == [True, False, None]
 
 
+def test_a_peer_that_is_the_truth_is_to_be_met_from_both_sides() -> None:
+    met = [harness.Row("x", ours, 2.0, within=0.25).met for ours in (1.49, 1.5, 2.5, 2.51, float("nan"))]
+    assert met == [False, True, True, False, False]
+    assert harness.Row("x", 1.0, None, within=0.25).met is False
+    record = harness.Row("x", float("nan"), 2.0, within=0.25).record()
+    assert (record["ours"], record["ratio"], record["within"]) == (None, None, 0.25)
+
+
 def test_calls_take_turns_and_medians_ignore_an_outlier() -> None:
     order: list[str] = []
     pauses = iter([0.0, 0.0, 0.2, 0.0, 0.0, 0.0])
@@ -67,6 +75,7 @@ def test_verb_prints_rows_and_fails_where_a_goal_is_missed(monkeypatch: pytest.M
         "share",
         "most",
         "unit",
+        "within",
     }
     monkeypatch.setattr(harness, "find", lambda name: SimpleNamespace(run=lambda quick, say: iter(FAKE[::2])))
     result = CliRunner().invoke(app, ["bench", "experts"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,11 @@ def test_rows_hold_the_goals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         made.append(shape.bits)
         gguf.write_bytes(b"x" * 1000)
 
+    def predicted(file: Path, measured: Any, words: dict[str, str]) -> Iterator[harness.Row]:
+        assert measured is FOUND["ours"]
+        for name, word in words.items():
+            yield harness.Row(f"simulated decode, {word}", 0.5, measured[name]["decode"][0], within=0.15)
+
     monkeypatch.setattr(run, "SHAPE", SMALL)
     monkeypatch.setattr(run, "_PEER", ())  # nothing of it runs here
     monkeypatch.setattr(run, "make", fake_make)
@@ -224,6 +230,7 @@ def test_rows_hold_the_goals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(run, "_fits", lambda shape: True)
     monkeypatch.setattr(run, "hit_rates", lambda tokens: iter(()))
     monkeypatch.setattr(run, "_process", lambda side, files, plan: FOUND[side])
+    monkeypatch.setattr(run, "predicted", predicted)
     monkeypatch.setattr(run, "_process_capped", lambda side, files, plan, limit: (FOUND[side], limit - 1))
     rows = {row.name: row for row in run.run(False, lambda line: None)}
     assert made == [8, 4]
@@ -236,10 +243,14 @@ def test_rows_hold_the_goals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "decode, 8 bits in 50%, random routing": 2.2,
         "decode, 8 bits in 50%, replayed routing": 3.0,
         "prefill 512, 8 bits in 50%": 2.0,
+        "simulated decode, 8 bits in 50%, random routing": None,
+        "simulated decode, 8 bits in 50%, replayed routing": None,
         "peak memory, 8 bits in 50%": None,
         "decode, 8 bits in 28%, random routing": 12.0,
         "decode, 8 bits in 28%, replayed routing": 15.0,
         "prefill 512, 8 bits in 28%": 2.0,
+        "simulated decode, 8 bits in 28%, random routing": None,
+        "simulated decode, 8 bits in 28%, replayed routing": None,
         "peak memory, 8 bits in 28%": None,
         "decode, 4 bits in memory": 1.0,
         "prefill 512, 4 bits in memory": 1.5,
@@ -284,6 +295,10 @@ def test_all_of_it_on_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_limit", lambda share, files: 2 << 30)
     monkeypatch.setattr(run, "hit_rates", lambda tokens: iter(()))
     rows = list(run.run(False, lambda line: None))
-    assert len(rows) == 10
+    assert len(rows) == 12
+    assert [row.name for row in rows if row.within is not None] == [
+        "simulated decode, 8 bits in 50%, random routing",
+        "simulated decode, 8 bits in 50%, replayed routing",
+    ]
     assert all(0 < row.ours < (2 << 30) for row in rows)
     assert all(row.share is None or 0 < row.share < 2 for row in rows)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored_records import activation, record
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,24 +20,6 @@ from collegium.experts.stored import ExpertLayout, dequantise, quantise
 
 FORMS = [(32, 0), (16, 0), (8, 0), (4, 32), (4, 64)]
 needs_vnni = pytest.mark.skipif(stored_int8.why_not() is not None, reason=str(stored_int8.why_not()))
-
-
-def activation(layout: ExpertLayout, name: str):
-    act = KNOWN[name].value
-    if not layout.gated:
-        return act
-    if layout.interleaved:
-        return lambda pre: act(pre[..., ::2]) * pre[..., 1::2]
-    return lambda pre: act(pre.chunk(2, -1)[0]) * pre.chunk(2, -1)[1]
-
-
-def record(layout: ExpertLayout, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    made = torch.empty(layout.nbytes, dtype=torch.uint8)
-    up, down = (torch.randn(m, generator=generator) / m[1] ** 0.5 for m in layout.matrices.values())
-    biases = [torch.randn(len(m), generator=generator) if layout.bias else None for m in (up, down)]
-    layout.write(made, up, down, *biases)
-    return made
 
 
 def experts(layout: ExpertLayout, act: str = "silu", activations: str = "float32") -> StoredExperts:

@@ -119,4 +119,4 @@ def test_too_little_memory_is_refused_with_a_number(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the smallest memory that works is \d+MiB"):
         load_offloaded(folder, memory="100MiB", context=64)
     with pytest.raises(ConfigError, match=r"even to read the weights .* no less than \d+MiB"):
-        load_offloaded(folder, memory="10MB", context=64)
+        load_offloaded(folder, memory="5MB", context=64)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from collegium.decode import Batcher, Request
 from collegium.errors import CheckpointError, ConfigError, NonFiniteError
 from collegium.offload import model as offload_model
+from collegium.offload.cache import Found
 from collegium.offload.cost import CostModel
 from collegium.offload.geometry import Geometry
 from collegium.offload.model import load_offloaded
@@ -33,6 +34,10 @@ FAMILIES = families(
     "phimoe", "qwen2_moe",
 )  # fmt: skip
 
+
+POLICIES = (
+    "lru", "lru:scope=global", "lfu", "arc", "hobbit", "edgemoe", "hybrimoe", "moe_infinity", "fate", "expertflow",
+)  # fmt: skip
 
 COST = CostModel(read_bandwidth=1e9, read_latency=1e-4, memory_bandwidth=1e10, measured="made up")
 
@@ -95,6 +100,25 @@ def test_outputs_do_not_depend_on_the_cache(store: Path, experts: int, wrong: bo
     ) as tight:
         assert torch.equal(logits(tight.model, ids), expected)
         assert tight.engine.pools[32].cache.peak <= experts
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "lfu:scope=global", "arc:scope=global"])
+@pytest.mark.parametrize("experts", [8, 24])
+def test_a_prompt_reads_the_next_layers_experts(store: Path, policy: str, experts: int) -> None:
+    ids = torch.randint(3, 64, (1, 40), generator=torch.Generator().manual_seed(1))
+    outputs, ahead = [], {}
+    for prompt in (0, 4):
+        settings = {"policy": find_policy(policy), "prefetch": Prefetch(prompt=prompt)}
+        with load_offloaded(store, experts=experts, context=64, **settings) as found:
+            outputs += [logits(found.model, ids) for _ in range(3)]
+            counters, log = found.counters(), found.engine.found
+            # nothing of the first layer is read ahead, and nothing twice
+            assert log[0, [Found.PREFETCHED, Found.LATE]].sum() == 0
+            ahead[prompt] = counters["prefetched"] + counters["late"]
+            assert counters["read_prefetch"] + counters["read_demand"] <= log.sum()
+    assert ahead[0] == 0
+    assert ahead[4] >= 3 * min(4, experts // 8) * (found.engine.geometry.num_layers - 1) - 3
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
 def test_lower_bits_are_nearly_the_same_and_smaller(store: Path) -> None:
@@ -186,20 +210,19 @@ def test_geometry_counts_moe_layers_only(tmp_path: Path) -> None:
         assert found.engine.geometry == Geometry((8,), (2,), (1,))
 
 
-@pytest.mark.parametrize(
-    "policy",
-    ["lru", "lru:scope=global", "lfu", "arc", "hobbit", "edgemoe", "hybrimoe", "moe_infinity", "fate", "expertflow"],
-)
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("experts", [9, 18])
 def test_the_simulator_sees_the_same_events(store: Path, tmp_path: Path, policy: str, experts: int) -> None:
-    """Same requests, same places, same victims, prompt and generated tokens, also with more experts than slots."""
+    """Same requests, same places, same victims, prompt and generated tokens, also with more experts than slots. On
+    demand only: whether what is read ahead comes in time is up to the disk."""
     ids = torch.randint(3, 64, (1, 20), generator=torch.Generator().manual_seed(experts))
-    with load_offloaded(store, experts=experts, context=64, policy=find_policy(policy)) as found:
+    demand = Prefetch(prompt=0)
+    with load_offloaded(store, experts=experts, context=64, policy=find_policy(policy), prefetch=demand) as found:
         found.engine.record_events()
         trace = record_generate(found.model, [{"input_ids": ids}], tmp_path / "trace", max_new_tokens=10, logits=True)
         log, nbytes = found.engine.log, found.source.layers[0].layouts[32].nbytes
     assert log is not None
-    asked = SimulationSettings(policy=find_policy(policy), capacity=experts, expert_bytes={32: nbytes})
+    asked = SimulationSettings(find_policy(policy), experts, {32: nbytes}, prefetch=demand)
     events = simulate(trace, asked, COST, by="recorded").log
     assert len(events) == len(log) > 100
     for column in ("layer", "expert", "found", "evicted", "bytes"):

@@ -102,6 +102,14 @@ def test_contract(name: str, one: Choice, tmp_path_factory: Any) -> None:
     assert set(found.ravel().tolist()) <= {*policy.used_bits, SKIP}
     assert list(policy.used_bits) == sorted(policy.used_bits, reverse=True) == list(policy.bits)
     np.testing.assert_array_equal(found, policy.choose(one))
+    ahead = policy.ahead(one.layer)
+    assert ahead.shape == (E,)
+    assert set(ahead.tolist()) <= set(policy.used_bits)
+    if name.startswith(("table", "fixed")):  # which do not depend on the token
+        used = one.experts < E
+        np.testing.assert_array_equal(ahead[one.experts[used]], found[used])
+    else:
+        assert (ahead == policy.bits[0]).all()
 
 
 def test_every_member_is_tested_here() -> None:

@@ -8,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collegium.errors import ConfigError
+from collegium.offload.cache import ExpertCache
 from collegium.offload.geometry import Geometry
+from collegium.offload.policies import find_policy
+from collegium.offload.precision.base import Choice, PrecisionPolicy
 from collegium.offload.predictors.base import Prediction
-from collegium.offload.prefetch import Prefetch, find_prefetch, impact_order, plan
+from collegium.offload.prefetch import Copies, Prefetch, find_prefetch, impact_order, plan
 
 E = 5
 GEOMETRY = Geometry((E,) * 4, (2,) * 4, tuple(range(4)))
@@ -109,8 +112,40 @@ def test_impact_is_told_what_was_taken_before() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["width=0", "depth=0", "threshold=2", "width=many", "far=1", "width", "depth=1,depth=2"]
+    "text",
+    ["width=0", "depth=0", "threshold=2", "width=many", "far=1", "width", "depth=1,depth=2", "order=best"],
 )
 def test_what_cannot_be_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="prefetch"):
         find_prefetch(text)
+
+
+def test_impact_takes_two_processors() -> None:
+    assert find_prefetch("order=score").for_one_processor().order == "score"
+    with pytest.raises(ConfigError, match="two processors"):
+        find_prefetch("order=impact").for_one_processor()
+
+
+class ByParity(PrecisionPolicy):
+    """Even experts exactly, odd ones in the low copy."""
+
+    def choose(self, choice: Choice) -> np.ndarray:
+        return np.where(choice.experts % 2, self.bits[1], self.bits[0]).astype(np.uint8)
+
+    def ahead(self, layer: int) -> np.ndarray:
+        return np.where(np.arange(E) % 2, self.bits[1], self.bits[0]).astype(np.uint8)
+
+
+def test_the_copy_that_is_read_ahead_is_the_one_that_is_looked_for() -> None:
+    caches = {bits: ExpertCache(GEOMETRY, 8, find_policy("expertflow").build(GEOMETRY, 8)) for bits in (16, 4)}
+    copies = Copies(ByParity(GEOMETRY, (16, 4)), caches)
+    assert [copies.bits(1, expert) for expert in range(E)] == [16, 4, 16, 4, 16]
+    caches[16].request(1, np.array([0, 1]))  # its copy of 1 is of no use
+    caches[4].request(1, np.array([3, 4]))
+    assert copies.resident(1).tolist() == [True, False, False, True, False]
+    told: dict[int, list[float]] = {}
+    for bits, cache in caches.items():
+        cache.policy.expect = lambda layer, scores, bits=bits: told.update({bits: scores.tolist()})  # type: ignore
+    copies.expect(PREDICTIONS[:1])
+    no = -np.inf
+    assert told == {16: [0.1, no, 0.5, no, 0.0], 4: [no, 0.9, no, 0.5, no]}

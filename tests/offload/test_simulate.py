@@ -149,7 +149,8 @@ def test_the_bound_is_the_policy_opt(tmp_path: Path) -> None:
     passes = Passes(random_trace(tmp_path), by="recorded")  # prompts of many tokens: waves as well
     for capacity in (2, 3, 5, 8, 12):
         for first_touch in ("miss", "prefilled"):
-            asked = settings_of("opt:scope=global", capacity, first_touch=first_touch)
+            demand = Prefetch(prompt=0)
+            asked = settings_of("opt:scope=global", capacity, first_touch=first_touch, prefetch=demand)
             found = simulate(passes, asked, COST)
             assert found.optimal_hits == found.found[:, Found.HIT].sum()
             assert found.distance == 0

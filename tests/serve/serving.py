@@ -79,7 +79,9 @@ class FakeEngine:
 def running(app: Any) -> Iterator[str]:
     """The address of a server of `app` in a thread."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=3)
+        config = uvicorn.Config(
+            app, log_level="critical", lifespan="off", timeout_graceful_shutdown=3, timeout_keep_alive=75
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

@@ -144,12 +144,15 @@ SIDES: dict[str, Callable[[Path, int, int | None], Side]] = {
 }
 
 
-def drive(side: Side, plan: dict[str, Any]) -> dict[str, Any]:
+def drive(
+    side: Side, plan: dict[str, Any], begin: Callable[[str, str], None] = lambda run, stage: None
+) -> dict[str, Any]:
     """Time a side.
 
     Args:
         plan: "runs" is a list of "name", "prompt" (token ids), "prompts" (how often it is timed, after one time that
             is not), "warm" and "decode" (token ids, not timed and timed).
+        begin: told the name of a run and which stage of it begins: "prompt", "warm" or "decode".
 
     Returns:
         For each run by name: seconds of each prompt and each token, bytes read in them on average, and the best next
@@ -157,12 +160,15 @@ def drive(side: Side, plan: dict[str, Any]) -> dict[str, Any]:
     """
     found = {}
     for run in plan["runs"]:
+        begin(run["name"], "prompt")
         side.prompt(run["prompt"])
         start = side.read()
         prompts = [_timed(lambda: side.prompt(run["prompt"]))[0] for _ in range(run["prompts"])]  # noqa: B023
         prompt_read = (side.read() - start) / max(run["prompts"], 1)
+        begin(run["name"], "warm")
         for token in run["warm"]:
             side.step(token)
+        begin(run["name"], "decode")
         start = side.read()
         steps = [_timed(lambda: side.step(token)) for token in run["decode"]]  # noqa: B023
         found[run["name"]] = {
@@ -183,11 +189,21 @@ def _timed(call: Callable[[], Any]) -> tuple[float, int]:
 
 
 def main(name: str, plan_file: str) -> None:
-    """Drive a side as a process; the last line on standard output is what `drive` found."""
+    """Drive a side as a process; the last line on standard output is what `drive` found. Of ours a "record" in the plan
+    names the file for `_run_simulated` and the cost model that it is based on."""
     plan = json.loads(Path(plan_file).read_text())
     start = time.perf_counter()
     side = SIDES[name](Path(plan["path"]), plan["context"], plan["memory"])
     loading = time.perf_counter() - start
-    sys.stdout.write(json.dumps({"loading": loading, **drive(side, plan)}) + "\n")
+    if name == "ours" and plan.get("record"):
+        from collegium.benchmarks._run_simulated import Recording
+        from collegium.offload.cost import CostModel
+
+        recording = Recording(side.loaded, CostModel.model_validate(plan["record"]["cost"]))  # type: ignore[attr-defined]
+        found = drive(side, plan, recording)
+        recording.save(Path(plan["record"]["file"]))
+    else:
+        found = drive(side, plan)
+    sys.stdout.write(json.dumps({"loading": loading, **found}) + "\n")
     sys.stdout.flush()
     os._exit(0)  # what a side does while Python ends is not measured, and must not fail it

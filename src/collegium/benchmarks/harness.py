@@ -41,6 +41,8 @@ class Row:
         limit: the physical bound in words and numbers.
         share: the part of that bound that we reach (1 is all of it), or None where there is none.
         most: what `ours` may be at most, or None.
+        within: how far `ours` may be from `peer`, to either side, as a share of it, or None: where the peer is not one
+            to beat but the truth.
         unit: of `ours`, `peer` and `most`: "s" or "bytes", of which less is better, or "share", of which more is.
     """
 
@@ -53,6 +55,7 @@ class Row:
     share: float | None = None
     most: float | None = None
     unit: str = "s"
+    within: float | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -69,13 +72,28 @@ class Row:
             goals.append(self.ratio is not None and self.ratio >= self.goal)
         if self.most is not None:
             goals.append(self.ours <= self.most)
+        if self.within is not None:
+            goals.append(self.peer is not None and abs(self.ours / self.peer - 1) <= self.within)
         return all(goals) if goals else None
 
     def record(self) -> dict[str, Any]:
         """The row as plain data."""
-        fields = ("name", "ours", "peer", "peer_name", "ratio", "goal", "met", "limit", "share", "most", "unit")
+        fields = (
+            "name",
+            "ours",
+            "peer",
+            "peer_name",
+            "ratio",
+            "goal",
+            "met",
+            "limit",
+            "share",
+            "most",
+            "unit",
+            "within",
+        )
         found = {name: getattr(self, name) for name in fields}
-        return found | ({"ours": None} if math.isnan(self.ours) else {})
+        return found | ({"ours": None, "ratio": None} if math.isnan(self.ours) else {})
 
 
 def cost(value: float | None, unit: str) -> str:

@@ -10,6 +10,8 @@ to the shape. Both sides are fed the same tokens: a prompt of 512, some tokens t
 * In 50 % and 28 % of the size of llama.cpp's file, 8 bits: page cache counted, files not in the page cache before. The
   limit is the slower of two: reading what we read from the disk, at the rate of direct reads of experts at random, and
   the limit in memory. We read on demand only: a predictor would find the table.
+* Seconds of a token under these limits as the simulator predicts them from where the tokens were sent and from times of
+  the tokens before, beside those of the engine.
 * Hit rates of all cache policies on traces of the demo model, with room for two times the experts of one token, beside
   the optimum that knows the future. They are simulated; nothing is read ahead.
 """
@@ -37,8 +39,10 @@ from collegium.benchmarks._run_limits import decode_bytes, disk_rate, prompt_ope
 from collegium.benchmarks._run_model import Shape
 from collegium.benchmarks._run_policies import hit_rates
 from collegium.benchmarks._run_routing import routing_table
+from collegium.benchmarks._run_simulated import predicted
 from collegium.benchmarks.harness import Row, Say, gemm_rate, memory_bandwidth
 from collegium.errors import ConfigError
+from collegium.offload.cost import CostModel
 
 __all__ = ["run"]
 
@@ -148,6 +152,9 @@ def _capped(files: _Files, share: float, say: Say) -> Iterator[Row]:
         return
     plan, found, peaks = _plan(tuple(_WORDS)), {}, {}
     rate = disk_rate(files.store, files.shape)
+    recording = files.store.with_name("recording.npz")
+    disk = CostModel(read_bandwidth=rate, read_latency=0, memory_bandwidth=files.bandwidth, measured="bench run")
+    plan["record"] = {"file": str(recording), "cost": disk.model_dump(mode="json")}
     for side in ("ours", "llama.cpp"):
         say(f"bench run: 8 bits in {limit / 1e9:.2f} GB, {side}")
         files.forget()
@@ -156,6 +163,8 @@ def _capped(files: _Files, share: float, say: Say) -> Iterator[Row]:
     for routing, goal in CAPPED_GOALS[share].items():
         yield _bounded(files, "decode", f"{within}, {_WORDS[routing]}", [routing], found, rate, goal)
     yield _bounded(files, "prompt", within, list(_WORDS), found, rate, CAPPED_PROMPT_GOAL)
+    say(f"bench run: {within}, simulated")
+    yield from predicted(recording, found["ours"], {name: f"{within}, {word}" for name, word in _WORDS.items()})
     size = files.gguf.stat().st_size
     words = f"{share:.0%} of {size / 1e9:.2f} GB"
     yield Row(

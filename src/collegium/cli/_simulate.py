@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ class Asked:
     fit: Path | None
     prefetch: str
     prefilled: bool
+    batch: int | None = None
+    schedule: str | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,19 +47,24 @@ class Machine:
 
 @dataclass(frozen=True)
 class Row:
-    """One simulation."""
+    """One simulation; `schedule` and `facts` are of its `Variant`."""
 
     policy: str
     share: float
     simulation: Simulation
+    schedule: str = ""
+    facts: Mapping[str, float] = field(default_factory=dict)
 
     def flat(self) -> dict[str, Any]:
         """One row of a CSV file."""
-        return {"policy": self.policy, "share": self.share, **self.simulation.summary()}
+        return {**self._head(), **self.simulation.summary()}
 
     def record(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        return {"policy": self.policy, "share": self.share, **self.simulation.record()}
+        return {**self._head(), **self.simulation.record()}
+
+    def _head(self) -> dict[str, Any]:
+        return {"policy": self.policy, "schedule": self.schedule, "share": self.share, **self.facts}
 
 
 def open_machine(trace: Trace, expert_bytes: int | None, model: str | None, cost: Path | None) -> Machine:
@@ -118,13 +127,18 @@ def capacities(
 def simulate_all(
     asked: Asked, trace: Trace, passes: Passes, machine: Machine, budgets: Sequence[int], model: str | None
 ) -> list[Row]:
-    """Every policy at every budget, with a progress bar. Raises ConfigError for settings that do not fit."""
+    """Every policy at every budget in every way that was asked for, with a progress bar.
+
+    Raises:
+        ConfigError: settings that do not fit.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from collegium.catalog import methods
+    from collegium.cli._schedules import variants
     from collegium.offload.policies import find_policy
-    from collegium.offload.simulate import SimulationSettings, simulate
+    from collegium.offload.simulate import SimulationSettings
     from collegium.offload.simulate_passes import recorded_gate_inputs
 
     names = list(dict.fromkeys(asked.policies)) or [method.name for method in methods("cache")]
@@ -134,42 +148,42 @@ def simulate_all(
     inputs = None
     if predictor is not None and "gate_input" in predictor.needs:
         inputs = recorded_gate_inputs(trace)
+    ways = variants(asked, passes, machine, predictor)
     rows = []
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(budgets) * len(policies) * len(passes))
+        task = bar.add_task("", total=len(budgets) * len(policies) * sum(len(way.passes) for way in ways))
         done = 0
-        for capacity in budgets:
-            for name, policy in policies.items():
-                bar.update(task, description=f"{name}, {capacity} experts", completed=done)
-                settings = SimulationSettings(
-                    policy,
-                    capacity,
-                    {machine.bits: machine.expert_bytes},
-                    prefetch=prefetch,
-                    first_touch="prefilled" if asked.prefilled else "miss",
-                )
-                found = simulate(
-                    passes,
-                    settings,
-                    machine.cost,
-                    predictor=predictor,
-                    gate_inputs=inputs,
-                    progress=lambda count, done=done: bar.update(task, completed=done + count),  # type: ignore[misc]
-                )
-                done += len(passes)
-                rows.append(Row(name, capacity / passes.geometry.total, found))
+        for capacity, (name, policy), way in product(budgets, policies.items(), ways):
+            bar.update(task, description=f"{name}, {capacity} experts {way.name}", completed=done)
+            settings = SimulationSettings(
+                policy,
+                capacity,
+                {machine.bits: machine.expert_bytes},
+                prefetch=prefetch,
+                first_touch="prefilled" if asked.prefilled else "miss",
+            )
+            found = way.simulate(
+                settings,
+                machine.cost,
+                predictor,
+                inputs,
+                lambda count, done=done: bar.update(task, completed=done + count),  # type: ignore[misc]
+            )
+            done += len(way.passes)
+            rows.append(Row(name, capacity / passes.geometry.total, found, way.name, way.facts))
     return rows
 
 
 def _prefetch(asked: Asked) -> Prefetch:
-    from collegium.offload.prefetch import find_prefetch
+    from collegium.offload.prefetch import Prefetch, find_prefetch
 
-    if asked.predictor is None and (asked.prefetch or asked.fit):
-        raise ConfigError("--prefetch and --fit say how to read ahead; name a predictor with --predictor")
     text = asked.prefetch.strip()
-    return find_prefetch(f"width={text}" if text.isdecimal() else text)
+    found = find_prefetch(f"width={text}" if text.isdecimal() else text)
+    if asked.predictor is None and (asked.fit or found != Prefetch(prompt=found.prompt)):
+        raise ConfigError("--prefetch and --fit say how to read ahead; name a predictor with --predictor")
+    return found
 
 
 def _predictor(asked: Asked, geometry: Geometry, model: str | None) -> Predictor | None:

@@ -58,6 +58,7 @@ def _table(name: str, found: list[Row]) -> Table:
     for row in found:
         goals = [] if row.goal is None else [f"{row.goal:.2f}"]
         goals += [] if row.most is None else [f"at most {cost(row.most, row.unit)}"]
+        goals += [] if row.within is None else [f"within {row.within:.0%}"]
         if goals:
             goals.append("met" if row.met else "[bold red]missed[/]")
         table.add_row(

@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,6 +78,7 @@ def run(
     from collegium.cli._writing import Writer
     from collegium.errors import ConfigError
     from collegium.offload.cost import measure_cost
+    from collegium.offload.simulate_times import Stopwatch
 
     if not plan and (prompt is None) != chat:
         raise ConfigError("give a text to continue (--prompt), or --chat, and not both")
@@ -112,16 +114,18 @@ def run(
         if log is not None:
             found.engine.record_events()
         writer = Writer(found, tokenizer, {"max_new_tokens": max_new_tokens, **chosen}, watch=watch, quiet=as_json)
-        if chat:
-            _chat(writer, system)
-        else:
-            assert prompt is not None
-            _once(writer, sys.stdin.read() if prompt == "-" else prompt, as_json)
+        times = Stopwatch(found.engine)
+        with nullcontext() if cost is None else times:  # it costs a little
+            if chat:
+                _chat(writer, system)
+            else:
+                assert prompt is not None
+                _once(writer, sys.stdin.read() if prompt == "-" else prompt, as_json)
         if log is not None:
             assert found.engine.log is not None
             found.engine.log.save(log)
         if cost is not None:
-            found.engine.meter.cost(measure_cost(cost.absolute().parent)).save(cost)
+            times.cost(measure_cost(cost.absolute().parent)).save(cost)
 
 
 def _print_plan(budget: Any, as_json: bool) -> None:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from collegium.errors import ConfigError
+
 if TYPE_CHECKING:
     from collegium.cli._simulate import Row
-    from collegium.offload.simulate_passes import Passes
 
 __all__ = ["run"]
 
@@ -47,6 +48,25 @@ def run(
         Literal["auto", "tokens", "sequences", "recorded"],
         typer.Option("--passes", help="What runs together: a token, a prompt of one sequence, or all of a step."),
     ] = "auto",
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="So many sequences run together, a token of each a pass.")
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            "--schedule",
+            help="regroup: two batches of --batch are sorted by the experts they use (as --predictor names them, "
+            "else as recorded). hybrimoe: experts are divided between the CPU and --device, whose memory is the cache.",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            help="The second processor, as gpu:seconds=0.0004,transfer=12 (seconds an expert, GB/s of the link) or "
+            "gpu:gflops=9000,transfer=12.",
+        ),
+    ] = None,
     prefilled: Annotated[
         bool, typer.Option("--prefilled", help="First touches cost nothing while there is room, as if it were full.")
     ] = False,
@@ -62,13 +82,17 @@ def run(
     """Simulate cache policies, with or without reading ahead, over a trace.
 
     Prints for each policy how many requests it serves from memory, what it reads, how long computation would wait, and
-    how far it is from the optimum that knows the future.
+    how far it is from the optimum that knows the future. With a schedule it prints what that saves: regrouped batches
+    beside the same ones as they come, and two processors beside each of them alone.
     """
+    from collegium.cli._schedules import REGROUPED, saved
     from collegium.cli._simulate import Asked, capacities, open_machine, simulate_all
     from collegium.offload.simulate_passes import Passes
     from collegium.trace import Trace
 
-    asked = Asked(policy or [], predictor, fit, prefetch, prefilled)
+    asked = Asked(policy or [], predictor, fit, prefetch, prefilled, batch, schedule, device)
+    if sweep and schedule is not None:
+        raise ConfigError("--sweep draws policies, not schedules; leave out one of --sweep and --schedule")
     opened = Trace.open(trace)
     machine = open_machine(opened, expert_bytes, model, cost)
     found = Passes(opened, passes, tokens, probabilities=True)
@@ -79,61 +103,28 @@ def run(
     head = {
         "trace": str(trace),
         "tokens": len(found.tokens),
-        "passes": found.by,
+        "passes": rows[0].simulation.by,
         "prompts_unrolled": found.unrolled,
         "expert_bytes": machine.expert_bytes,
         "cost": machine.cost.model_dump(mode="json"),
+        **{name: value for name, value in (("batch", batch), ("schedule", schedule), ("device", device)) if value},
     }
     if as_json:
-        record = {**head, "simulations": [row.record() for row in rows]}
+        savings = {"saved": saved(rows)} if rows[-1].schedule == REGROUPED else {}
+        record = {**head, **savings, "simulations": [row.record() for row in rows]}
         typer.echo(json.dumps(record, indent=2, allow_nan=False))
         return
-    _show(rows, found, machine.cost.measured, out)
+    from collegium.cli._simulate_show import show
 
-
-def _show(rows: list[Row], passes: Passes, measured: str, out: Path | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    totals = [row.simulation.summary() for row in rows]
-    kinds = ["hit", "prefetched", "late", "miss"]
-    if not any(found["prefetched"] or found["late"] for found in totals):
-        kinds = ["hit", "miss"]
-    table = Table("policy", "experts", *kinds, "MB/token", "stall ms", "to OPT", "tokens/s")
-    table.columns[0].no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row, found in zip(rows, totals, strict=True):
-        distance = found["distance_to_opt"]
-        table.add_row(
-            row.policy,
-            f"{found['experts']:,}",
-            *(f"{found[kind]:.1%}" for kind in kinds),
-            f"{(found['bytes_per_token'] or 0) / 1e6:,.3f}",
-            f"{found['stall_ms_per_token']:,.3f}",
-            "" if distance is None else f"{distance:.1%}",
-            f"{found['tokens_per_second']:,.1f}",
-        )
-    console = Console()
-    console.print(table)
-    words = {
-        "tokens": "every token is a pass of its own",
-        "sequences": "a prompt of one sequence is a pass, then each of its tokens",
-        "recorded": "a pass is what one recorded step computed",
-    }[passes.by]
-    note = "; prompts were unrolled token by token, as if they had been generated" if passes.unrolled else ""
-    console.print(f"{len(passes.tokens):,} tokens, {passes.geometry.num_layers} layers; {words}{note}", highlight=False)
-    console.print("to OPT: hit rate of the optimum with one pool of the same size, minus this one's", highlight=False)
-    console.print(f"times: {measured}", highlight=False)
-    if out is not None:
-        console.print(f"written to {out}", highlight=False)
+    show(rows, machine.cost.measured, out)
 
 
 def _write(rows: list[Row], out: Path, sweep: bool) -> None:
-    """Results as JSON and CSV; of a sweep pictures, else the events of each simulation."""
+    """Results as JSON and CSV; of a sweep pictures, else the events of each simulation, and the plans of schedules."""
     import csv
 
     from collegium.files import atomic_file
+    from collegium.offload.simulate_hybrid import HybridSimulation, save_plans
     from collegium.report.figures.offload import write_sweep
 
     with atomic_file(out / "simulations.json") as partial:
@@ -147,4 +138,7 @@ def _write(rows: list[Row], out: Path, sweep: bool) -> None:
         write_sweep(flat, out)
         return
     for number, row in enumerate(rows):
-        row.simulation.log.save(out / f"events-{number}-{row.policy.partition(':')[0]}.parquet")
+        name = f"{number}-{row.policy.partition(':')[0]}.parquet"
+        row.simulation.log.save(out / f"events-{name}")
+        if isinstance(row.simulation, HybridSimulation):
+            save_plans(row.simulation.plans, out / f"schedule-{name}")

@@ -294,7 +294,7 @@ class Batcher:
             ids = prompt[run.fed : run.fed + self._chunk]
         try:
             self._begin((run.stream,) * len(ids))
-            device = self.model.get_input_embeddings().weight.device
+            device = self.model.device
             output = self.model(
                 input_ids=torch.tensor([list(ids)], device=device),
                 past_key_values=run.cache,

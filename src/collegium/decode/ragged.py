@@ -112,7 +112,7 @@ class RaggedStep:
 
         Whatever the model raises is raised, with every cache as it was.
         """
-        device = self.model.get_input_embeddings().weight.device
+        device = self.model.device
         positions = [[cache.get_seq_length() for cache in caches]]
         cache = RaggedCache(caches, self._direct)
         try:

@@ -42,6 +42,10 @@ class Arithmetic(Protocol):
     def combine(self, out: Tensor, token: Tensor, weight: Tensor, edges: Sequence[int], like: Tensor) -> Tensor:
         """``[T, d]`` sums of weight * row over each token, in an order that depends on nothing else."""
 
+    def token(self, x: Tensor, groups: Sequence[Group], weight: Tensor) -> Tensor | None:
+        """The same for one token whose experts are all there: ``[1, d]`` sums over groups ``(record, i, i + 1)`` with
+        weight ``[n]`` float32, bit for bit as by the calls above; None where this arithmetic has no shorter way."""
+
 
 class Stored:
     """float32 sums over weights as they are stored; see `StoredExperts`. With `rounded`, rows go in as 8 bits where the
@@ -69,6 +73,11 @@ class Stored:
         else:
             y.index_add_(0, token, out * weight.float()[:, None])
         return y.to(like.dtype)
+
+    def token(self, x: Tensor, groups: Sequence[Group], weight: Tensor) -> Tensor | None:
+        if not self._run.runs_tokens or self._norm is not None or x.dtype != torch.bfloat16:
+            return None
+        return self._run.token(x.float(), groups, weight)
 
 
 class Unchanged:
@@ -104,6 +113,9 @@ class Unchanged:
         for first, last in pairwise(edges):
             y.index_add_(0, token[first:last], (out[first:last] * weight[first:last, None]).to(y.dtype))
         return y
+
+    def token(self, x: Tensor, groups: Sequence[Group], weight: Tensor) -> None:
+        return None
 
 
 def _plus(rows: Tensor, bias: Tensor | None) -> Tensor:

@@ -110,7 +110,7 @@ class ExpertCache:
 
         All are looked up before any victim is chosen. Resident ones and those on their way always fit. Where a step has
         more experts than slots, nothing may fit until some are released: the request is then empty, and the caller
-        computes and releases the experts it holds, in the order of their requests, asking again after each.
+        computes and releases the experts it holds, in the order of their requests, asking again as some are released.
 
         Args:
             experts: ``[m]`` distinct ids within the layer, the most important first; at least one.
@@ -151,6 +151,14 @@ class ExpertCache:
             left=experts[absent[placed:]] if absent else _NONE,
         )
 
+    def hits(self, layer: int, experts: list[int]) -> list[int] | None:
+        """The slots of experts of a step that would all be hits, as `request` without anything to decide; None, and
+        nothing changes, if one would not. They are not pinned: nobody may ask for another before they are computed."""
+        keys = [self._first[layer] + expert for expert in experts]
+        if any(self._state[key] != _READY or self._fresh[key] for key in keys):
+            return None
+        return [int(self.slot[key]) for key in keys]
+
     def release(self, layer: int, experts: Array) -> None:
         """These experts of a step were computed; they may leave again."""
         self._pinned[self._first[layer] + experts] = False
@@ -159,15 +167,23 @@ class ExpertCache:
         """The step is over: tell the policy what it used."""
         self.policy.used(use)
 
-    def prefetch(self, layer: int, expert: int) -> tuple[int, int] | None:
+    def prefetch(self, layer: int, expert: int, lender: int | None = None) -> tuple[int, int] | None:
         """Give a slot to an expert that nobody asked for yet.
 
+        Args:
+            lender: a layer whose step is over in this pass; one of its experts gives up a slot if none is free, and the
+                share of `layer` does not matter.
+
         Returns:
-            ``(slot, evicted key or -1)``; None where it is resident already, or where taking a slot would leave the
-            layer too few that a demand can claim.
+            ``(slot, evicted key or -1)``; None where it is resident already, where the lender has nothing to give, or,
+            without one, where taking a slot would leave the layer too few that a demand can claim.
         """
         key = self._first[layer] + expert
-        if self._state[key] != _ABSENT or self._coming[layer] + self.geometry.top_k[layer] >= self._share(layer):
+        if self._state[key] != _ABSENT:
+            return None
+        if lender is not None:
+            return self._place(layer, key, prefetched=True, lender=lender)
+        if self._coming[layer] + self.geometry.top_k[layer] >= self._share(layer):
             return None
         if self.policy.quotas() is None and self._coming.sum() + max(self.geometry.top_k) >= self.capacity:
             return None
@@ -187,12 +203,12 @@ class ExpertCache:
         quotas = self.policy.quotas()
         return self.capacity if quotas is None else int(quotas[layer])
 
-    def _place(self, layer: int, key: int, prefetched: bool) -> tuple[int, int] | None:
+    def _place(self, layer: int, key: int, prefetched: bool, lender: int | None = None) -> tuple[int, int] | None:
         """``(slot, evicted key or -1)``, or None where nobody can leave."""
         quotas, evicted = self.policy.quotas(), -1
-        full = quotas is not None and self._held[layer] >= quotas[layer]
+        full = lender is None and quotas is not None and self._held[layer] >= quotas[layer]
         if full or not self._free:
-            candidates = self._candidates(layer, quotas, full)
+            candidates = self._candidates(layer, quotas, full) if lender is None else self._idle(lender)
             if not len(candidates):
                 return None
             evicted = self.policy.victim(candidates, key)
@@ -213,14 +229,18 @@ class ExpertCache:
         """Keys that may leave for one of `layer`: loaded and not pinned, of the layer itself where it has its share,
         else of layers that have more than theirs, or of any where those have nothing to give."""
         if full:
-            keys = self._keys[layer]
-            return ((self._state[keys] == _READY) > self._pinned[keys]).nonzero()[0] + keys.start
+            return self._idle(layer)
         ready = (self._state == _READY) > self._pinned
         if quotas is not None:
             over = ready & (self._held > quotas)[self.geometry.layer_of]
             # quotas may have moved while all that is now over them is on its way; a demand must not be stuck for that
             ready = over if over.any() else ready
         return np.flatnonzero(ready)
+
+    def _idle(self, layer: int) -> Array:
+        """Keys of a layer that are loaded and not pinned."""
+        keys = self._keys[layer]
+        return ((self._state[keys] == _READY) > self._pinned[keys]).nonzero()[0] + keys.start
 
     def _drop(self, key: int) -> None:
         self._landed(key)

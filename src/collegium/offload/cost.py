@@ -1,7 +1,9 @@
 """`CostModel`: how long reads and computations take on one machine, for the simulator and the schedulers.
 
-The link between disk and memory is one server: a read of n bytes occupies it for ``read_latency + n / read_bandwidth``.
-Both numbers describe several readers at work together, since that is how experts are read.
+The link between disk and memory is one server, whatever the number of readers: a read of n bytes occupies it for
+``read_latency + n / read_bandwidth``. Both numbers describe several readers at work together, since that is how experts
+are read. A read that finds the link idle also waits for ``read_delay``; of reads that queue, the delays of as many as
+there are readers pass at once, behind the bytes of others.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ __all__ = ["CostModel", "measure_cost"]
 _ALIGNMENT = 4096
 _SMALL = 1 << 16
 _LIMIT = 1 << 20
+_INTO = 32 << 20  # bytes that a reader reads into
 
 
 class CostModel(BaseModel):
@@ -33,7 +37,12 @@ class CostModel(BaseModel):
     Attributes:
         read_bandwidth: bytes a second of experts that follow one another on the link.
         read_latency: seconds that a read takes beyond that.
+        readers: reads that are under way at once.
+        read_delay: seconds from a read's beginning until its first byte can come.
+        wake_seconds: from the end of a read until a pass that stands still for it goes on.
+        spare: there is a processor for readers while experts are computed. Without one no read begins meanwhile.
         memory_bandwidth: bytes a second at which weights stream from memory.
+        call_seconds: of computing some experts of a layer together, besides what each takes: to start and to take note.
         expert: bits -> points (rows, seconds) of computing one expert of so many rows, ascending; between them times
             are interpolated, beyond the last they go on with its slope. Without points an expert takes as long as its
             bytes take to stream from memory, whatever its rows.
@@ -48,7 +57,12 @@ class CostModel(BaseModel):
 
     read_bandwidth: float = Field(gt=0, allow_inf_nan=False)
     read_latency: float = Field(ge=0, allow_inf_nan=False)
+    readers: int = Field(default=1, ge=1)
+    read_delay: float = Field(default=0, ge=0, allow_inf_nan=False)
+    wake_seconds: float = Field(default=0, ge=0, allow_inf_nan=False)
+    spare: bool = True
     memory_bandwidth: float = Field(gt=0, allow_inf_nan=False)
+    call_seconds: float = Field(default=0, ge=0, allow_inf_nan=False)
     expert: dict[int, tuple[tuple[float, float], ...]] = Field(default_factory=dict)
     layer_seconds: float = Field(default=0, ge=0, allow_inf_nan=False)
     layer_token_seconds: float = Field(default=0, ge=0, allow_inf_nan=False)
@@ -84,6 +98,10 @@ class CostModel(BaseModel):
             return y[-1] + max(0.0, (y[-1] - y[-2]) / (x[-1] - x[-2])) * (rows - x[-1])
         return float(np.interp(rows, x, y))
 
+    def call(self, rows: Sequence[int], bits: int, nbytes: int) -> float:
+        """Seconds to compute some experts of a layer together, each for so many tokens."""
+        return self.call_seconds + sum(self.expert_seconds(count, bits, nbytes) for count in rows)
+
     def layer(self, tokens: int) -> float:
         """Seconds of everything of a layer but its experts."""
         return self.layer_seconds + self.layer_token_seconds * (tokens - 1)
@@ -111,7 +129,7 @@ def measure_cost(folder: Path, *, record: int = 4 << 20, size: int = 128 << 20, 
     """Measure how fast the disk under `folder` is read, with a temporary file, and how fast memory streams.
 
     Reads go past the page cache where the file system lets them. What a layer and the rest of the model take is the
-    engine's to measure: here it is 0. Takes about two seconds.
+    engine's to measure: here it is 0. Takes about three seconds.
 
     Args:
         record: bytes of the larger reads, such as one expert.
@@ -132,6 +150,7 @@ def measure_cost(folder: Path, *, record: int = 4 << 20, size: int = 128 << 20, 
             os.fsync(file.fileno())
             direct = _is_direct(file.name)
             small, large = (_seconds_a_read(file.name, n, size, readers, direct) for n in (_SMALL, record))
+            alone = _seconds_a_read(file.name, record, size, 1, direct)
     except OSError as error:
         raise StorageError(f"cannot measure reads in {folder}: {error.strerror or error}") from error
     bandwidth = (record - _SMALL) / max(large - small, 1e-9)
@@ -141,6 +160,8 @@ def measure_cost(folder: Path, *, record: int = 4 << 20, size: int = 128 << 20, 
     return CostModel(
         read_bandwidth=bandwidth,
         read_latency=max(0.0, large - record / bandwidth),
+        readers=readers,
+        read_delay=max(0.0, alone - large),
         memory_bandwidth=_memory_bandwidth(),
         measured=f"reads of {record} bytes by {readers} threads {way}; layers not measured",
     )
@@ -157,22 +178,26 @@ def _is_direct(name: str) -> bool:
 
 
 def _seconds_a_read(name: str, nbytes: int, size: int, readers: int, direct: bool, seconds: float = 0.5) -> float:
-    """Mean time that one read of `nbytes` at a random place occupies the disk, while all readers are busy."""
+    """Time that one read of `nbytes` at a random place occupies the disk, while all readers are busy: a median, since
+    one read in thousands may take a disk that others share for seconds."""
     handle = os.open(name, os.O_RDONLY | (os.O_DIRECT if direct else 0))
-    counts = [0] * readers
+    ends: list[float] = []
     errors: list[OSError] = []
     start = time.perf_counter()
 
     def read(number: int) -> None:
         draw = np.random.default_rng(number)
-        with contextlib.closing(mmap.mmap(-1, nbytes)) as into:  # begins at a page, as direct reads ask for
+        # bytes go where no cache holds memory, as experts do; it begins at a page, as direct reads ask for
+        with contextlib.closing(mmap.mmap(-1, max(_INTO // nbytes, 1) * nbytes)) as into, memoryview(into) as view:
             try:
                 while time.perf_counter() - start < seconds:
                     place = int(draw.integers(0, (size - nbytes) // _ALIGNMENT + 1)) * _ALIGNMENT
-                    os.preadv(handle, [into], place)
+                    to = int(draw.integers(0, len(view) // nbytes)) * nbytes
+                    with view[to : to + nbytes] as part:
+                        os.preadv(handle, [part], place)
                     if not direct:
                         os.posix_fadvise(handle, place, nbytes, os.POSIX_FADV_DONTNEED)
-                    counts[number] += 1
+                    ends.append(time.perf_counter())
             except OSError as error:
                 errors.append(error)
 
@@ -186,7 +211,11 @@ def _seconds_a_read(name: str, nbytes: int, size: int, readers: int, direct: boo
         os.close(handle)
     if errors:
         raise errors[0]
-    return (time.perf_counter() - start) / max(sum(counts), 1)
+    ends.sort()
+    together = 2 * readers  # reads of several threads may end at one moment, so that one alone says nothing
+    if len(ends) <= together:
+        return (time.perf_counter() - start) / len(ends)
+    return float(np.median(np.subtract(ends[together:], ends[:-together]))) / together
 
 
 def _memory_bandwidth(nbytes: int = 64 << 20, times: int = 5) -> float:

@@ -10,6 +10,7 @@ Legend: T tokens of a pass, K slots, E experts of a layer, A assignments, n dist
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from collegium.errors import ConfigError, NonFiniteError
+from collegium.offload.ahead import ReadAhead
 from collegium.offload.arithmetic import Arithmetic, Group, Kind, arithmetic
 from collegium.offload.assigned import Assigned, sort
 from collegium.offload.cache import Found
@@ -28,8 +30,9 @@ from collegium.offload.policies.base import Use
 from collegium.offload.pool import Done, Pool
 from collegium.offload.precision.base import Choice, PrecisionPolicy
 from collegium.offload.predictors.base import FEW, Moment, Predictor
-from collegium.offload.prefetch import Prefetch, plan
-from collegium.offload.schedule import load_order
+from collegium.offload.prefetch import Prefetch
+from collegium.offload.resident import Resident
+from collegium.offload.schedule import due, load_order
 from collegium.offload.store import ExpertSource, ReadQueue
 
 __all__ = ["AHEAD", "DISK", "MEMORY", "Engine", "Watcher"]
@@ -37,8 +40,6 @@ __all__ = ["AHEAD", "DISK", "MEMORY", "Engine", "Watcher"]
 MEMORY, AHEAD, DISK = range(3)
 """Where an expert came from, as watchers are told: it was in memory, it was prefetched (perhaps still on its way), or
 it was read from the disk while its token waited."""
-
-_SMOOTH = 0.9
 
 _SOURCE = np.array([MEMORY, AHEAD, AHEAD, DISK, MEMORY], np.uint8)  # by `Found`
 
@@ -56,6 +57,10 @@ class _Part:
     waiting: set[int] = field(default_factory=set)
     rows: dict[int, int] = field(default_factory=dict)  # expert -> row of the log
 
+    def ready(self) -> list[int]:
+        """Experts to compute now."""
+        return due(self.held, self.waiting, more=len(self.left) > 0)
+
 
 class Engine:
     """Experts of one model from one source.
@@ -66,14 +71,14 @@ class Engine:
         pools: one for each precision that `precision` may choose.
         done: the queue that the pools' reads end in.
         precision: which copy of an expert a token gets.
-        predictor, prefetch: what is read ahead; None for demand only.
+        predictor, prefetch: what is read ahead; without a predictor only while a prompt goes through.
         kind: of arithmetic.
 
     Attributes:
         found: ``[L, 5]`` requests by layer and `Found`.
         stalled: seconds that passes waited for reads.
         computed: seconds of experts' arithmetic.
-        meter: how long the parts of a pass take.
+        meter: told of the parts of a pass.
         log: gets every request, if `record_events` was called.
     """
 
@@ -86,18 +91,21 @@ class Engine:
         done: Done,
         precision: PrecisionPolicy,
         predictor: Predictor | None = None,
-        prefetch: Prefetch | None = None,
+        prefetch: Prefetch = Prefetch(),  # noqa: B008 (frozen)
         kind: Kind = "fast",
     ) -> None:
         self.geometry, self.source, self.reader, self.precision = geometry, source, reader, precision
         self.pools = {pool.bits: pool for pool in pools}
-        self.predictor, self.prefetch = predictor, prefetch
+        self.predictor = predictor
+        self.ahead = ReadAhead(geometry, self.pools, precision, reader, predictor, prefetch)
         self.found = np.zeros((geometry.num_layers, len(Found)), np.int64)
         self.stalled = self.computed = 0.0
-        self.evictions = self.called_off = self.passes = self.tokens = 0
+        self.evictions = self.passes = self.tokens = 0
         self.meter = Meter()
         self.log: EventLog | None = None
         self._done = done
+        plain = precision.constant and predictor is None and len(pools) == 1
+        self._resident = Resident(pools[0]) if plain else None
         self._kind = kind
         self._kernels: dict[tuple[int, int], Arithmetic] = {}
         self._watchers: list[Watcher] = []
@@ -105,8 +113,6 @@ class Engine:
         self._path: list[Array] = []
         self._gate_input: Tensor | None = None
         self._probabilities: Array | None = None
-        self._asked_at: float | None = None
-        self._layer_seconds: float | None = None  # from one layer's request to the next one's, lately
 
     # ---- called by the model -----------------------------------------------------------------------------------------
 
@@ -116,8 +122,8 @@ class Engine:
         self.meter.begin(len(tokens))
         self.passes += 1
         self.tokens += len(tokens)
-        if self._looks_ahead(len(tokens)):
-            self._read_ahead(-1)
+        if self.ahead.predicts(len(tokens)):
+            self.ahead.predict(Moment(-1, tokens, (), self._gate_input))
 
     def see_gate(self, x: Tensor | None, probabilities: Tensor | None) -> None:
         """What the router of the layer that comes next saw ``[T, d]``, and its probabilities ``[T, E]``."""
@@ -147,8 +153,11 @@ class Engine:
             NonFiniteError: the router gave a weight that is NaN or infinite.
         """
         self._settle()
-        apart = self.computed + self.stalled
         experts, weights = index.numpy(), weight.float().numpy()
+        if len(x) == 1 and self._resident is not None and self.log is None:
+            y = self._token(layer, module, x, experts, weights)
+            if y is not None:
+                return y
         if not np.isfinite(weights).all():
             raise NonFiniteError(
                 f"the router of layer {self.geometry.layers[layer]} gives combine weights that are NaN or infinite"
@@ -162,21 +171,46 @@ class Engine:
         rows, out = first_kernel.rows(x, len(assigned.token))
         try:
             self._request(layer, parts, source)
-            self._time_layer()
-            if self._looks_ahead(len(x)):
+            self.ahead.time_layer()
+            if self.ahead.predicts(len(x)):
                 self._path.append(experts)
-                self._read_ahead(layer)
+                self.ahead.predict(Moment(layer, self._tokens, tuple(self._path), self._gate_input))
             self._compute(layer, module, parts, rows, out, assigned, source)
         except BaseException:
             self._abandon(layer, parts)
             raise
         for part in parts:
             self._tell(layer, part.pool, assigned, len(x))
+        self.ahead.prompt(layer, len(x))
         self._gate_input = self._probabilities = None  # they are of this layer
         for watch in self._watchers:
             watch(self.geometry.layers[layer], experts, weights, source[np.minimum(experts, len(source) - 1)])
         y = first_kernel.combine(out, assigned.token, assigned.weight, assigned.edges, x)
-        self.meter.layer(self.computed + self.stalled - apart)
+        self.meter.layer()
+        return y
+
+    def _token(self, layer: int, module: nn.Module, x: Tensor, experts: Array, weights: Array) -> Tensor | None:
+        """`run` for one token whose experts are all in memory, the short way; None where it takes the long one."""
+        assert self._resident is not None
+        ids, shares = experts[0].tolist(), weights[0].tolist()
+        slots = self._resident.slots(layer, ids) if math.isfinite(sum(shares)) else None
+        if slots is None:
+            return None
+        bits, start = self.precision.bits[0], time.perf_counter()
+        y = self._resident.compute(layer, self._kernel(layer, bits, module), x, ids, shares, slots)
+        if y is None:
+            self._resident = None  # this arithmetic never has one
+            return None
+        seconds = time.perf_counter() - start
+        self.computed += seconds
+        self.found[layer, Found.HIT] += len(ids)
+        self.meter.experts(bits, len(ids), len(ids), seconds)
+        self.ahead.time_layer()
+        self._resident.finish(layer, ids, shares, self._probabilities)
+        self._gate_input = self._probabilities = None
+        for watch in self._watchers:
+            watch(self.geometry.layers[layer], experts, weights, np.full_like(experts, MEMORY, np.uint8))
+        self.meter.layer()
         return y
 
     # ---- one layer ---------------------------------------------------------------------------------------------------
@@ -231,10 +265,12 @@ class Engine:
         source: Array,
     ) -> None:
         while any(part.held or len(part.left) for part in parts):
-            if not any(part.held for part in parts):
-                raise ConfigError(f"no slot can be freed for layer {layer}: prefetches hold them all")
+            if not any(part.held for part in parts):  # what is read ahead for nothing holds the slots
+                if not any(part.pool.flying for part in parts):
+                    raise ConfigError(f"no slot can be freed for layer {layer}")
+                self._wait(layer, parts)
             for part in parts:
-                ready = self._ready(part)
+                ready = part.ready()
                 if ready:
                     start = time.perf_counter()
                     record = part.pool.record
@@ -248,17 +284,8 @@ class Engine:
                         del part.held[expert]
                     part.pool.cache.release(layer, np.array(ready))
             self._request(layer, parts, source)
-            if not any(self._ready(part) for part in parts) and any(part.waiting for part in parts):
+            if not any(part.ready() for part in parts) and any(part.waiting for part in parts):
                 self._wait(layer, parts)
-
-    @staticmethod
-    def _ready(part: _Part) -> list[int]:
-        """Experts to compute now. While others of the step have no slot yet they go one by one in the order of their
-        requests, so that who gives way to whom does not depend on how fast the disk was."""
-        if not len(part.left):
-            return [expert for expert in part.held if expert not in part.waiting]
-        oldest = next(iter(part.held), None)
-        return [] if oldest is None or oldest in part.waiting else [oldest]
 
     def _wait(self, layer: int, parts: list[_Part]) -> None:
         """Until a read has come; raises what went wrong with one that this step needs."""
@@ -314,53 +341,12 @@ class Engine:
             )
         )
 
-    def _time_layer(self) -> None:
-        now, before = time.perf_counter(), self._asked_at
-        self._asked_at = now
-        if before is not None:
-            last = self._layer_seconds or now - before
-            self._layer_seconds = _SMOOTH * last + (1 - _SMOOTH) * (now - before)
-
     def _kernel(self, layer: int, bits: int, module: nn.Module) -> Arithmetic:
         found = self._kernels.get((layer, bits))
         if found is None:
             found = arithmetic(self._kind, self.source.layers[layer].layouts[bits], module)
             self._kernels[layer, bits] = found
         return found
-
-    # ---- reading ahead -----------------------------------------------------------------------------------------------
-
-    def _looks_ahead(self, tokens: int) -> bool:
-        return self.predictor is not None and tokens <= FEW
-
-    def _read_ahead(self, layer: int) -> None:
-        """Ask the predictor, and start the reads that are worth it; in the most exact copy."""
-        assert self.predictor is not None
-        assert self.prefetch is not None
-        pool = self.pools[self.precision.bits[0]]
-        if layer >= 0:
-            self.called_off += pool.call_off(layer)
-        predictions = self.predictor.predict(Moment(layer, self._tokens, tuple(self._path), self._gate_input))
-        if "predictions" in pool.cache.policy.needs:
-            for prediction in predictions:
-                pool.cache.policy.expect(prediction.layer, prediction.scores)
-        wanted = plan(
-            self.prefetch,
-            predictions,
-            self.geometry,
-            pool.cache.is_resident,
-            seconds=self._layer_seconds,
-            per_load=self._load_seconds(),
-        )
-        for of, expert in wanted:
-            evicted = pool.prefetch(of, expert)
-            self.evictions += evicted is not None and evicted >= 0
-
-    def _load_seconds(self) -> float | None:
-        """Seconds that the disk is busy for one expert, from the reads so far."""
-        counters = self.reader.counters()
-        reads = counters.demand + counters.prefetch - counters.failed - counters.reading
-        return counters.seconds / self.reader.threads / reads if reads > 0 else None
 
     # ---- what others ask ---------------------------------------------------------------------------------------------
 
@@ -388,8 +374,8 @@ class Engine:
             **{name: float(count) for name, count in zip(names, found, strict=True)},
             "passes": float(self.passes),
             "tokens": float(self.tokens),
-            "evictions": float(self.evictions),
-            "called_off": float(self.called_off),
+            "evictions": float(self.evictions + self.ahead.evictions),
+            "called_off": float(self.ahead.called_off),
             "stall_seconds": self.stalled,
             "compute_seconds": self.computed,
             **{f"read_{name}": float(value) for name, value in asdict(self.reader.counters()).items()},

@@ -21,15 +21,16 @@ from collegium.experts.compute import jit
 from collegium.experts.compute.cpu_kernels import MIN_WIDTH, address
 from collegium.experts.compute.cpu_pool import launch
 from collegium.experts.compute.cpu_products import LIMITS
-from collegium.experts.compute.stored import Precision, stored_linear
+from collegium.experts.compute.stored import Precision, stored_linear, takes_one
+from collegium.experts.compute.stored_one import linear_one
 from collegium.experts.stored import quantise
 
-__all__ = ["hold_in_8_bits", "stream_linears"]
+__all__ = ["RoundedLinear", "StreamedLinear", "hold_in_8_bits", "stream_linears"]
 
 _ITEM_ROWS = 192  # of a matrix, that a thread takes at a time
 
 
-class _Streamed(nn.Linear):
+class StreamedLinear(nn.Linear):
     """A linear map whose sums are float32 over weights as they are stored, each read once."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -52,14 +53,17 @@ def _kernel() -> int:
     return address("rows_dot_bfloat16")
 
 
-class _Rounded(nn.Linear):
+class RoundedLinear(nn.Linear):
     """A linear map with int8 codes and a scale ``[p]``. It has no `weight`: who takes that itself is to fail."""
 
     codes: Tensor
     scale: Tensor
     rounding: Precision
+    one: bool  # whether `linear_one` may be called
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.one and input.numel() == self.in_features and input.dtype == torch.bfloat16:
+            return linear_one(input.contiguous(), self.codes, self.scale, self.bias)
         rows = input.reshape(-1, self.in_features).float()
         out = stored_linear(rows, self.codes, self.scale, 8, activations=self.rounding)
         if self.bias is not None:
@@ -88,7 +92,7 @@ def stream_linears(model: nn.Module) -> None:
         return
     for module in model.modules():
         if type(module) is nn.Linear and _fits(module.weight):
-            module.__class__ = _Streamed  # parameters, hooks and names stay as they are
+            module.__class__ = StreamedLinear  # parameters, hooks and names stay as they are
 
 
 def _fits(weight: Tensor) -> bool:
@@ -126,4 +130,6 @@ def hold_in_8_bits(model: nn.Module, rounding: Precision, but: Iterable[nn.Modul
             one.__class__ = _RoundedEmbedding
         else:
             one.rounding = rounding
-            one.__class__ = _Rounded
+            bias = one.bias is None or one.bias.dtype == torch.bfloat16
+            one.one = bias and rounding == "int8" and takes_one(tuple(one.codes.shape))
+            one.__class__ = RoundedLinear

@@ -50,16 +50,17 @@ def measure(
     """Run the model without its experts on the largest pass and on one token, and one expert on as many rows."""
     short = max(1, chunk // 2)
     _forward(model, 1)  # compiles and starts what is done once
-    _forward_experts(found, source, precision, kind, model.dtype, 1)
+    _forward_experts(found, source, precision, kind, model.dtype, 1, 1)
     with _peak() as few:
         first = _forward(model, short)
     with _peak() as many:
         second = _forward(model, chunk)
     rows = max(layer.top_k for layer in source.layers) * chunk
     with _peak() as experts:
-        _forward_experts(found, source, precision, kind, model.dtype, rows)
+        _forward_experts(found, source, precision, kind, model.dtype, chunk, rows)
     slope = max(0.0, (second - first) / max(chunk - short, 1))
-    working = max(few.bytes, many.bytes) + experts.bytes
+    # layers are alike, so the peak is where the cache of a pass, which is counted by itself, is full
+    working = max(0, few.bytes - first, many.bytes - second) + experts.bytes
     trim()  # what the passes have left in the heap is counted as working already
     return Needs(resident_bytes(), working, max(0.0, second - slope * chunk), slope)
 
@@ -78,9 +79,10 @@ def _forward_experts(
     precision: PrecisionPolicy,
     kind: Kind,
     dtype: torch.dtype,
+    tokens: int,
     rows: int,
 ) -> None:
-    """An expert of zeros in each layout there is, with all rows of a pass."""
+    """An expert of zeros in each layout there is, with all rows of a pass of so many tokens."""
     layouts: dict[ExpertLayout, tuple[Site, int]] = {}
     for site, layer in zip(found, source.layers, strict=True):
         for bits in precision.used_bits:
@@ -88,9 +90,10 @@ def _forward_experts(
     for layout, (site, count) in layouts.items():
         slot = SlotPool(1, layout.nbytes)
         run = arithmetic(kind, layout, site.experts)
-        x, out = run.rows(torch.zeros(count, layout.d, dtype=dtype), count)
-        run.compute(x, torch.arange(count), [(slot.record(0, layout.nbytes), 0, count)], out)
-        run.combine(out, torch.arange(count), torch.ones(count), [0, count], x)
+        x, token = torch.zeros(tokens, layout.d, dtype=dtype), torch.arange(count) % tokens
+        wide, out = run.rows(x, count)
+        run.compute(wide, token, [(slot.record(0, layout.nbytes), 0, count)], out)
+        run.combine(out, token, torch.ones(count), [0, count], x)
 
 
 class _Peak:

@@ -28,10 +28,13 @@ from collegium.layerwise import LayerwiseModel
 from collegium.models.attention import use_lean_attention
 from collegium.offload.arithmetic import Kind
 from collegium.offload.budget import Budget, parse_bytes, resident_bytes, share_slots
+from collegium.offload.embedding import close_rows, leave_on_disk, stored_embedding
 from collegium.offload.engine import Engine, Watcher
+from collegium.offload.fused import fuse_layers, fuse_routers
 from collegium.offload.geometry import Geometry
 from collegium.offload.linear import hold_in_8_bits, stream_linears
 from collegium.offload.measuring import measure, trim
+from collegium.offload.norm import fuse_norms
 from collegium.offload.policies import PolicySettings
 from collegium.offload.policies.lfu import LFU
 from collegium.offload.pool import Done, Pool
@@ -58,6 +61,7 @@ _CACHE_BLOCK = 256
 _PROBE, _ALIKE = 16, 0.95
 """Tokens that a model is compared on before and after rounding, and the least cosine of its logits."""
 _ENGINE = "_collegium_engine"
+_PART = 1 << 20  # numbers that are looked at together
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ class Settings:
             raise ConfigError(
                 f"weights besides the experts are held in 8 bits or as they are, not in {self.dense_bits}"
             )
+        self.prefetch.for_one_processor()
         if self.dense_bits is not None and self.kind == "exact":
             raise ConfigError("exact arithmetic takes all weights as they are; leave dense_bits out")
 
@@ -141,6 +146,7 @@ class Offloaded:
         """End the reader threads and let go of the files. The model cannot run any more."""
         self._taps.close()
         self.engine.close()
+        close_rows(self.model)
 
     def __enter__(self) -> Offloaded:
         return self
@@ -191,26 +197,32 @@ def _load(source: ExpertSource, settings: Settings, context: int | None, say: Ca
     if isinstance(asked, Table):  # a plan of another model is refused
         asked = replace(asked, fingerprint=source.fingerprint)
     precision = asked.build(geometry, tuple(sorted(source.layers[0].layouts, reverse=True)))
-    _refuse_hopeless(source, settings)
+    layerwise = LayerwiseModel(source.checkpoint)
+    rows = None if settings.memory is None else stored_embedding(layerwise)
+    _refuse_hopeless(layerwise, source, settings, rows)
     say("reading the weights besides the experts")
-    model, found = _build(source)
+    model, found = _build(layerwise, source, rows)
     if settings.dense_bits is not None:
         _round_dense(model, found, settings)
     if settings.kind != "exact":
         stream_linears(model)
         use_lean_attention(model)
+        fuse_norms(model)
+        fuse_layers(model, layerwise.layers)
+        fuse_routers(found)
     trim()
     context = _context(model, context)
     chunk = min(settings.chunk, context)
     say("measuring what a pass takes")
     weights = sum(tensor.nbytes for tensor in _unique(model))
+    kept = -(-context // _CACHE_BLOCK) * _CACHE_BLOCK  # a cache grows by blocks
     needs = measure(model, found, source, precision, settings.kind, chunk)
+    growing = needs.cache_token * kept / len(layerwise.layers)  # while it grows, one of its layers is there twice
     budget = share_slots(
         settings.memory,
         process=max(needs.resident - weights, 0),
         weights=weights,
-        # a cache grows by blocks, and while it does one of its layers is there twice
-        cache=settings.sequences * int(needs.cache_start + needs.cache_token * (context + _CACHE_BLOCK)),
+        cache=int(settings.sequences * (needs.cache_start + needs.cache_token * kept) + growing),
         working=needs.working + settings.readers * source.scratch_nbytes,
         slot={bits: SlotPool.slot_bytes(_sizes(source, bits)) for bits in precision.used_bits},
         most=geometry.total if settings.experts is None else min(settings.experts, geometry.total),
@@ -232,9 +244,10 @@ def _sizes(source: ExpertSource, bits: int) -> list[int]:
     return [layer.layouts[bits].nbytes for layer in source.layers]
 
 
-def _refuse_hopeless(source: ExpertSource, settings: Settings) -> None:
+def _refuse_hopeless(layerwise: LayerwiseModel, source: ExpertSource, settings: Settings, rows: str | None) -> None:
     """Before the weights are read that would not fit themselves, so that no exact number can be measured."""
-    weights = sum(info.nbytes for name, info in source.checkpoint.tensors.items() if name not in source.expert_tensors)
+    there = {name: info for name, info in source.checkpoint.tensors.items() if name not in source.expert_tensors}
+    weights = sum(info.nbytes for name, info in there.items() if rows is None or layerwise.targets.get(name) != rows)
     if settings.memory is not None and weights > settings.memory:
         least = weights // (1 if settings.dense_bits is None else 2) + resident_bytes()
         advice = "" if settings.dense_bits else "; dense_bits=8 (--dense-bits 8) halves them once they are read"
@@ -272,10 +285,13 @@ def _round_dense(model: Any, found: list[Site], settings: Settings) -> None:
 # ---- the model without its experts -----------------------------------------------------------------------------------
 
 
-def _build(source: ExpertSource) -> tuple[Any, list[Site]]:
-    """The model with its weights besides the experts, whose modules compute zeros; and its sites, as the source has."""
+def _build(layerwise: LayerwiseModel, source: ExpertSource, rows: str | None) -> tuple[Any, list[Site]]:
+    """The model with its weights besides the experts, whose modules compute zeros; and its sites, as the source has.
+
+    Args:
+        rows: the parameter of token embeddings that are to stay on the disk.
+    """
     ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_forward)
-    layerwise = LayerwiseModel(source.checkpoint)
     model = layerwise.model
     by_path = {site.path: site for site in sites(model)}
     missing = [layer.path for layer in source.layers if layer.path not in by_path]
@@ -284,7 +300,9 @@ def _build(source: ExpertSource) -> tuple[Any, list[Site]]:
     found = [by_path[layer.path] for layer in source.layers]
     names = {module: path for path, module in model.named_modules()}
     fused = [f"{names[site.experts]}.{name}" for site in found for name in FUSED if hasattr(site.experts, name)]
-    layerwise.fill(*fused)
+    layerwise.fill(*fused, *([] if rows is None else [rows]))
+    if rows is not None:
+        leave_on_disk(layerwise, rows)
     _drop_pages(source)
     for site in found:
         experts: Any = site.experts
@@ -292,11 +310,16 @@ def _build(source: ExpertSource) -> tuple[Any, list[Site]]:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta and name not in fused:
             raise CheckpointError(f"{source.checkpoint.folder}: {name!r} is not in the checkpoint")
-        if not tensor.is_meta and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_meta and tensor.is_floating_point() and not _finite(tensor):
             raise NonFiniteError(f"{source.checkpoint.folder}: {name!r} holds NaN or infinity")
     if (source.checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.checkpoint.folder, local_files_only=True)
     return model, found
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Part by part: of an output layer the intermediate results would be hundreds of megabytes."""
+    return all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(_PART))
 
 
 def _drop_pages(source: ExpertSource) -> None:

@@ -66,9 +66,10 @@ class Pool:
             waiting.add(expert)
         return waiting
 
-    def prefetch(self, layer: int, expert: int) -> int | None:
-        """Start reading an expert that nobody asked for yet; the evicted key or -1, None where it is not to be."""
-        place = self.cache.prefetch(layer, expert)
+    def prefetch(self, layer: int, expert: int, lender: int | None = None) -> int | None:
+        """Start reading an expert that nobody asked for yet; the evicted key or -1, None where it is not to be.
+        `lender`: as for `ExpertCache.prefetch`."""
+        place = self.cache.prefetch(layer, expert, lender)
         if place is None:
             return None
         self._submit(layer, expert, place[0], PREFETCH)

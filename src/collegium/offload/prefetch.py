@@ -9,18 +9,23 @@ Legend: E experts of a layer, K slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from collegium.errors import ConfigError
+from collegium.offload.cache import ExpertCache
 from collegium.offload.geometry import Array, Geometry
 from collegium.offload.named import parse_settings, settled
-from collegium.offload.predictors.base import Prediction
+from collegium.offload.precision.base import PrecisionPolicy
+from collegium.offload.predictors.base import FEW, Prediction
 
-__all__ = ["Prefetch", "find_prefetch", "impact_order", "plan"]
+__all__ = ["Copies", "Prefetch", "find_prefetch", "for_prompt", "impact_order", "plan"]
+
+_LIKELY = 2
+"""Assignments for each expert of a layer: of as many, an even router leaves out one expert in seven."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +37,35 @@ class Prefetch:
             "adaptive" is as many absent ones as can be loaded in time (Fate, 2025), "top_k" where times are not known.
         depth: layers ahead; "adaptive" is up to the first layer with a predicted expert absent (HOBBIT, 2024).
         threshold: experts below this share of the layer's best score are left, 0 to 1.
+        order: of the loads: "score" is the nearest layer first and then by score; "impact" is by what each saves of the
+            schedules of two processors (HybriMoE, 2025). With one processor each load saves the same.
+        prompt: experts of the next layer that are read while a prompt goes through, in place of experts of the layer
+            that is done, and at most an eighth of all slots; 0 reads none. It takes no predictor.
     """
 
     width: int | Literal["top_k", "adaptive"] = "top_k"
     depth: int | Literal["adaptive"] = 1
     threshold: float = 0.0
+    order: Literal["score", "impact"] = "score"
+    prompt: int = 16
 
     def __post_init__(self) -> None:
         for name, value in (("width", self.width), ("depth", self.depth)):
             if isinstance(value, int) and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
+        if self.prompt < 0:
+            raise ConfigError(f"prompt must be at least 0 experts, not {self.prompt}")
         if not 0 <= self.threshold <= 1:
             raise ConfigError(f"threshold is a share of the best score, 0 to 1, not {self.threshold}")
+
+    def for_one_processor(self) -> Prefetch:
+        """These, where one processor computes. Raises ConfigError where the order takes two."""
+        if self.order == "impact":
+            raise ConfigError(
+                "prefetch order=impact goes by the schedule of two processors, which is simulated only: "
+                "collegium simulate --schedule hybrimoe. With one, every load saves the same; leave it out"
+            )
+        return self
 
 
 def find_prefetch(text: str) -> Prefetch:
@@ -57,6 +79,38 @@ def find_prefetch(text: str) -> Prefetch:
     except ConfigError as error:
         raise ConfigError(f"prefetch {text!r}: {error}") from error
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """Which copy of an expert is read ahead, and whether that one is there.
+
+    Attributes:
+        precision: names the copies.
+        caches: bits -> cache of those copies, the most exact first.
+    """
+
+    precision: PrecisionPolicy
+    caches: Mapping[int, ExpertCache]
+
+    def bits(self, layer: int, expert: int) -> int:
+        """Of the copy to read ahead."""
+        return int(self.precision.ahead(layer)[expert])
+
+    def resident(self, layer: int) -> Array:
+        """``[E]`` bool: the copy to read ahead is in memory or on its way."""
+        return np.logical_or.reduce(
+            [(self.precision.ahead(layer) == bits) & cache.is_resident(layer) for bits, cache in self.caches.items()]
+        )
+
+    def expect(self, predictions: Sequence[Prediction]) -> None:
+        """Tell the policies that ask for predictions; each of the experts whose copies it may get ahead of time, the
+        scores of others being -inf."""
+        for bits, cache in self.caches.items():
+            for prediction in predictions if "predictions" in cache.policy.needs else ():
+                own = self.precision.ahead(prediction.layer) == bits
+                if own.any():
+                    cache.policy.expect(prediction.layer, np.where(own, prediction.scores, -np.inf))
 
 
 def plan(
@@ -100,6 +154,17 @@ def plan(
         found += [(prediction.layer, int(expert)) for expert in absent]
         if settings.depth == "adaptive" and lacking:
             break
+    return found
+
+
+def for_prompt(count: int, cache: ExpertCache, layer: int, tokens: int) -> list[int]:
+    """Up to `count` absent experts of the layer after this one, in a pass whose tokens want nearly all of them."""
+    geometry, following = cache.geometry, layer + 1
+    if not count or tokens <= FEW or following == geometry.num_layers:
+        return []
+    if tokens * geometry.top_k[following] < _LIKELY * geometry.experts[following]:
+        return []
+    found: list[int] = np.flatnonzero(~cache.is_resident(following))[: min(count, cache.capacity // 8)].tolist()
     return found
 
 

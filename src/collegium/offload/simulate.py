@@ -3,7 +3,7 @@
 It drives `ExpertCache` in the order in which the engine does. Of each layer of each pass: reads that have come are
 taken note of, the experts are asked for, those that are missing start to load, what a predictor names is read ahead,
 resident experts are computed while others come, and at the end the policy hears what was used. Where a step has more
-experts than slots they are computed one by one in the order of their requests, each giving its slot to the next.
+experts than slots they are computed in the order of their requests, a part of the slots at a time (see `due`).
 
 Legend: L layers, E experts of a layer, T tokens of a pass, K slots, n distinct experts of a step.
 """
@@ -11,7 +11,6 @@ Legend: L layers, E experts of a layer, T tokens of a pass, K slots, n distinct 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -25,17 +24,18 @@ from collegium.offload.policies.base import PolicySettings, Use
 from collegium.offload.policies.opt import OPT
 from collegium.offload.precision.base import SKIP, Choice
 from collegium.offload.predictors.base import FEW, Moment, Prediction, Predictor
-from collegium.offload.prefetch import plan
+from collegium.offload.prefetch import Copies, for_prompt, plan
 from collegium.offload.simulate_bound import optimal_hits
 from collegium.offload.simulate_link import Link, Read
 from collegium.offload.simulate_passes import Passes, PassesBy, Step
+from collegium.offload.simulate_pools import Part, Pool
 from collegium.offload.simulation import Simulation, SimulationSettings
 from collegium.trace import Trace
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["GateInputs", "Simulation", "SimulationSettings", "simulate"]
+__all__ = ["GateInputs", "Progress", "Run", "Simulation", "SimulationSettings", "simulate"]
 
 Progress = Callable[[int], None]
 GateInputs: TypeAlias = "Callable[[int, Array], torch.Tensor]"
@@ -72,39 +72,13 @@ def simulate(
     passes = Passes(trace, by, max_tokens, probabilities=True) if isinstance(trace, Trace) else trace
     if predictor is not None and "gate_input" in predictor.needs and gate_inputs is None:
         raise ConfigError("this predictor reads the routers' inputs, which the trace does not hold for every token")
-    return _Run(passes, settings, cost, predictor, gate_inputs).run(progress)
+    settings.prefetch.for_one_processor()
+    return Run(passes, settings, cost, predictor, gate_inputs).run(progress)
 
 
-@dataclass(eq=False)
-class _Pool:
-    """The cache of one precision and the reads for it."""
+class Run:
+    """One simulation; what schedules it on two processors is a subclass."""
 
-    bits: int
-    nbytes: int
-    cache: ExpertCache
-    prefilled: Array | None  # [total] bool, keys touched; None where first touches are misses
-    flying: dict[tuple[int, int], Read] = field(default_factory=dict)
-    fresh: set[int] = field(default_factory=set)  # read ahead, not asked for since
-
-
-@dataclass(eq=False)
-class _Part:
-    """The experts of a step in one pool: still to be asked for, and holding slots but not computed."""
-
-    pool: _Pool
-    left: Array
-    rows: dict[int, int]  # expert -> tokens that use it
-    held: dict[int, int] = field(default_factory=dict)  # expert -> row of the log
-    waiting: set[int] = field(default_factory=set)
-
-    def ready(self) -> list[int]:
-        if not len(self.left):
-            return [expert for expert in self.held if expert not in self.waiting]
-        oldest = next(iter(self.held), None)
-        return [] if oldest is None or oldest in self.waiting else [oldest]
-
-
-class _Run:
     def __init__(
         self,
         passes: Passes,
@@ -125,7 +99,8 @@ class _Run:
             policy = policy.knowing(passes.stream())
         self.pools = {bits: self._pool(bits, count, policy) for bits, count in self.slots.items()}
         self.exact = next(iter(self.pools.values()))
-        self.link, self.log, self.now = Link(), EventLog(), 0.0
+        self.copies = Copies(self.precision, {bits: pool.cache for bits, pool in self.pools.items()})
+        self.link, self.log, self.now = Link(cost.readers, cost.read_delay), EventLog(), 0.0
         L = geometry.num_layers
         self.found = np.zeros((L, len(Found)), np.int64)
         self.demand, self.useful, self.wasted, self.evictions, self.unused = np.zeros((5, L), np.int64)
@@ -133,11 +108,11 @@ class _Run:
         self.computing, self.called_off = 0.0, 0
         self.path: list[Array] = []
 
-    def _pool(self, bits: int, count: int, policy: PolicySettings) -> _Pool:
+    def _pool(self, bits: int, count: int, policy: PolicySettings) -> Pool:
         geometry = self.geometry
         prefilled = np.zeros(geometry.total, np.bool_) if self.settings.first_touch == "prefilled" else None
         cache = ExpertCache(geometry, count, policy.build(geometry, count))
-        return _Pool(bits, self.settings.expert_bytes[bits], cache, prefilled)
+        return Pool(bits, self.settings.expert_bytes[bits], cache, prefilled)
 
     def run(self, progress: Progress | None) -> Simulation:
         passes = self.passes
@@ -170,6 +145,7 @@ class _Run:
             decode_seconds=float(spent[decode].sum()),
             prompt_tokens=int(tokens[~decode].sum()),
             prompt_seconds=float(spent[~decode].sum()),
+            spent=spent,
             found=self.found,
             demand_bytes=self.demand,
             useful_bytes=self.useful,
@@ -202,13 +178,14 @@ class _Run:
             self._settle()
             step = self.passes.step(number, layer)
             bits = self._choose(layer, rows, step)
-            parts = self._parts(step, bits)
+            parts = self._parts(layer, step, bits)
             self._request(number, layer, parts)
             if ahead:
                 self.path.append(self.passes.experts[layer][rows])
                 self._read_ahead(layer, rows)
             self._compute(number, layer, parts)
             self._tell(number, layer, step, bits, tokens)
+            self._read_for_prompt(layer, tokens)
         self.now += self.cost.outside(tokens)
 
     # ---- one layer ---------------------------------------------------------------------------------------------------
@@ -226,18 +203,16 @@ class _Run:
         np.maximum.at(bits, experts[used], wanted[used])
         return bits[step.experts]
 
-    def _parts(self, step: Step, bits: Array | None) -> list[_Part]:
+    def _parts(self, layer: int, step: Step, bits: Array | None) -> list[Part]:
         parts = []
         for pool in self.pools.values():
             order = step.order if bits is None else step.order[bits[step.order] == pool.bits]
             if len(order):
                 experts = step.experts[order]
-                parts.append(
-                    _Part(pool, experts, dict(zip(experts.tolist(), step.counts[order].tolist(), strict=True)))
-                )
+                parts.append(Part(pool, experts, dict(zip(experts.tolist(), step.counts[order].tolist(), strict=True))))
         return parts
 
-    def _request(self, number: int, layer: int, parts: list[_Part]) -> None:
+    def _request(self, number: int, layer: int, parts: list[Part]) -> None:
         for part in parts:
             if not len(part.left):
                 continue
@@ -272,7 +247,7 @@ class _Run:
                 if found == Found.LATE:
                     self.link.hurry(pool.flying[layer, expert])
 
-    def _prefill(self, pool: _Pool, request: Request) -> None:
+    def _prefill(self, pool: Pool, request: Request) -> None:
         """First touches that find a free slot are there already."""
         assert pool.prefilled is not None
         keys = self.geometry.offsets[request.layer] + request.experts
@@ -282,13 +257,16 @@ class _Run:
         for expert in request.experts[free].tolist():
             pool.cache.arrived(request.layer, expert)
 
-    def _compute(self, number: int, layer: int, parts: list[_Part]) -> None:
+    def _compute(self, number: int, layer: int, parts: list[Part]) -> None:
         while any(part.held for part in parts):
             for part in parts:
                 ready = part.ready()
                 if ready:
                     pool = part.pool
-                    seconds = sum(self.cost.expert_seconds(part.rows[e], pool.bits, pool.nbytes) for e in ready)
+                    rows = [part.rows[expert] for expert in ready]
+                    seconds = self.cost.call(rows, pool.bits, pool.nbytes)
+                    if not self.cost.spare:
+                        self.link.hold(self.now, self.now + seconds)
                     self.now += seconds
                     self.computing += seconds
                     for expert in ready:
@@ -298,12 +276,14 @@ class _Run:
             while not any(part.ready() for part in parts) and any(part.waiting for part in parts):
                 self._wait(layer, parts)
 
-    def _wait(self, layer: int, parts: list[_Part]) -> None:
+    def _wait(self, layer: int, parts: list[Part]) -> None:
         read = self.link.next()
         assert read.end is not None
-        waited = max(0.0, read.end - self.now)
+        waited = 0.0
+        if read.end > self.now:
+            waited = read.end + self.cost.wake_seconds - self.now
+            self.now += waited
         self.stall[layer] += waited
-        self.now = max(self.now, read.end)
         for came in (read, *self.link.advance(self.now)):
             self._land(came)
             for part in parts:
@@ -336,11 +316,11 @@ class _Run:
     # ---- reads -------------------------------------------------------------------------------------------------------
 
     def _read_ahead(self, layer: int, rows: slice) -> None:
-        """Ask the predictor, and start the reads that are worth it; in the most exact copy."""
+        """Ask the predictor, and start the reads that are worth it; of the copies that the precision policy names."""
         assert self.predictor is not None
-        pool = self.exact
         if layer >= 0:
             for read in self.link.call_off(layer):
+                pool = self.pools[read.pool]
                 self.called_off += 1
                 del pool.flying[layer, read.expert]
                 pool.fresh.discard(int(self.geometry.offsets[layer]) + read.expert)
@@ -349,29 +329,37 @@ class _Run:
         if layer >= 0 and self.gate_inputs is not None and "gate_input" in self.predictor.needs:
             gate_input = self.gate_inputs(layer, self.passes.rows[rows])
         predictions = self.predictor.predict(Moment(layer, self.passes.tokens[rows], tuple(self.path), gate_input))
-        if "predictions" in pool.cache.policy.needs:
-            for prediction in predictions:
-                pool.cache.policy.expect(prediction.layer, prediction.scores)
-        for of, expert in self._plan(predictions, pool):
-            place = pool.cache.prefetch(of, expert)
-            if place is not None:
-                self._evicted(pool, of, place[1])
-                pool.fresh.add(int(self.geometry.offsets[of]) + expert)
-                self._submit(pool, of, expert, ahead=True)
+        self.copies.expect(predictions)
+        for of, expert in self._plan(predictions, rows.stop - rows.start):
+            self._prefetch(self.pools[self.copies.bits(of, expert)], of, expert)
 
-    def _plan(self, predictions: list[Prediction], pool: _Pool) -> list[tuple[int, int]]:
-        K = max(self.geometry.top_k)
-        between = self.cost.layer(1) + K * self.cost.expert_seconds(1, pool.bits, pool.nbytes)
+    def _read_for_prompt(self, layer: int, tokens: int) -> None:
+        """As `ReadAhead.prompt` does."""
+        count = self.settings.prefetch.prompt if self.precision.constant else 0
+        for expert in for_prompt(count, self.exact.cache, layer, tokens):
+            self._prefetch(self.exact, layer + 1, expert, lender=layer)
+
+    def _prefetch(self, pool: Pool, layer: int, expert: int, lender: int | None = None) -> None:
+        place = pool.cache.prefetch(layer, expert, lender)
+        if place is not None:
+            self._evicted(pool, layer, place[1])
+            pool.fresh.add(int(self.geometry.offsets[layer]) + expert)
+            self._submit(pool, layer, expert, ahead=True)
+
+    def _plan(self, predictions: list[Prediction], tokens: int) -> list[tuple[int, int]]:
+        """What to read ahead, in which order, in a pass of so many tokens."""
+        pool, K = self.exact, max(self.geometry.top_k)
+        between = self.cost.layer(1) + self.cost.call([1] * K, pool.bits, pool.nbytes)
         return plan(
             self.settings.prefetch,
             predictions,
             self.geometry,
-            pool.cache.is_resident,
+            self.copies.resident,
             seconds=between,
             per_load=self.cost.read_seconds(pool.nbytes),
         )
 
-    def _evicted(self, pool: _Pool, layer: int, key: int) -> None:
+    def _evicted(self, pool: Pool, layer: int, key: int) -> None:
         """Count an expert that left for one of `layer`."""
         if key < 0:
             return
@@ -382,7 +370,7 @@ class _Run:
             self.unused[own] += 1
             self.wasted[own] += pool.nbytes
 
-    def _submit(self, pool: _Pool, layer: int, expert: int, ahead: bool) -> None:
+    def _submit(self, pool: Pool, layer: int, expert: int, ahead: bool) -> None:
         read = Read(pool.bits, layer, expert, self.cost.read_seconds(pool.nbytes), ahead, self.now)
         pool.flying[layer, expert] = read
         self.link.submit(read)

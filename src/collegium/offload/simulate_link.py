@@ -1,10 +1,14 @@
-"""`Link`: the way from the disk to memory, as one server that reads one expert at a time.
+"""`Link`: the way from the disk to memory: readers that hand reads to a disk, which serves them one after another.
 
-Demand goes before what is read ahead; a read that has begun is never given up.
+Each reader has one read at a time. What the disk needs before bytes come passes for all readers at once, so that where
+several wait the disk never rests; bytes come one read after another, in the order in which reads began. Demand goes
+before what is read ahead; a read that has begun is never given up.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -18,7 +22,7 @@ class Read:
     Attributes:
         pool: bits of the pool it goes to.
         layer, expert: what is read.
-        seconds: that it takes on the link.
+        seconds: that its bytes take on the link.
         ahead: nobody has asked for it yet.
         submitted, end: when it was asked for, and when it will have come, once it has begun.
     """
@@ -33,18 +37,25 @@ class Read:
 
 
 class Link:
-    """The queue in front of the server, and the read that is under way.
+    """Reads that wait for a reader, and those that have begun.
+
+    Args:
+        readers: reads that are under way at once.
+        delay: seconds from a read's beginning until its first byte comes, if no other read is on the link then.
 
     Attributes:
-        busy: seconds that it was occupied by reads that have come.
+        busy: seconds that bytes of reads that have come took.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, readers: int = 1, delay: float = 0.0) -> None:
         self.busy = 0.0
+        self._delay = delay
         self._demand: deque[Read] = deque()
         self._ahead: deque[Read] = deque()
-        self._current: Read | None = None
-        self._free_at = 0.0
+        self._begun: deque[Read] = deque()  # in the order in which they end
+        self._readers = [0.0] * readers  # a heap: when each is free
+        self._free_at = 0.0  # when the bytes of all reads that have begun have come
+        self._holds: deque[tuple[float, float]] = deque()
 
     def submit(self, read: Read) -> None:
         """Queue a read; the caller has advanced the link to this moment."""
@@ -64,35 +75,51 @@ class Link:
             self._ahead.remove(read)
         return found
 
+    def hold(self, start: float, end: float) -> None:
+        """No read begins between these moments, the last ones of which the link has heard: no processor is free."""
+        if end > start:
+            self._holds.append((start, end))
+
     def advance(self, now: float) -> list[Read]:
         """What has come until this moment."""
         came = []
-        while self._begin() and self._current is not None and self._current.end is not None:
-            if self._current.end > now:
-                break
+        self._begin(now)
+        while self._begun and self._end_of_first() <= now:
             came.append(self._finish())
+        while self._holds and self._holds[0][1] <= now:
+            self._holds.popleft()
         return came
 
     def next(self) -> Read:
         """The read that comes next, as if nothing else were submitted before that."""
-        self._begin()
+        if not self._begun:
+            self._begin(math.inf, most=1)
         return self._finish()
 
-    def _begin(self) -> bool:
-        """Whether a read is under way, having begun one if one waits."""
-        if self._current is None:
+    def _begin(self, until: float, most: int | None = None) -> None:
+        """Let the reads begin whose turn comes until that moment, or so many of them."""
+        while most is None or most > 0:
             queue = self._demand or self._ahead
             if not queue:
-                return False
+                return
+            start = max(self._readers[0], queue[0].submitted)
+            for first, last in self._holds:
+                if first <= start < last:
+                    start = last
+            if start > until:
+                return
             read = queue.popleft()
-            read.end = max(self._free_at, read.submitted) + read.seconds
-            self._current = read
-        return True
+            read.end = self._free_at = max(start + self._delay, self._free_at) + read.seconds
+            heapq.heapreplace(self._readers, read.end)
+            self._begun.append(read)
+            most = None if most is None else most - 1
+
+    def _end_of_first(self) -> float:
+        end = self._begun[0].end
+        assert end is not None
+        return end
 
     def _finish(self) -> Read:
-        read = self._current
-        assert read is not None
-        assert read.end is not None
-        self._current, self._free_at = None, read.end
+        read = self._begun.popleft()
         self.busy += read.seconds
         return read

@@ -7,11 +7,14 @@ texts that were read as prompts stand for texts to be generated. So a pass is on
 * "sequences": what one step computed of one sequence: a prompt (or a chunk of it), then single tokens.
 * "recorded": all rows of one step, as they were batched.
 
+`collegium.offload.simulate_batch` makes passes of several sequences from those of single ones.
+
 Legend: N rows, P passes, L layers, T tokens of a pass, K slots, E experts of a layer, n distinct experts of a step.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -76,7 +79,7 @@ class Passes:
         probabilities: keep the routers' probabilities, if their logits were recorded.
 
     Attributes:
-        by: what a pass is.
+        by: what a pass is; "batches" where `arranged` made them.
         unrolled: prompts are run token by token, as if they had been generated.
         edges: ``[P + 1]``: pass p has rows ``edges[p] .. edges[p + 1] - 1``.
         fresh: ``[P]`` bool: it begins a sequence.
@@ -101,7 +104,7 @@ class Passes:
         if not len(token):
             raise TraceError(f"{trace.folder}: the trace holds no tokens, so there is nothing to simulate")
         prompt = phase == _PREFILL
-        self.by = by if by != "auto" else "tokens" if prompt.all() else "sequences"
+        self.by: str = by if by != "auto" else "tokens" if prompt.all() else "sequences"
         self.unrolled = self.by == "tokens" and bool(prompt.any())
         keys = (position, sequence, step) if self.by == "recorded" else (position, step, sequence)
         self.rows = np.lexsort(keys)[:max_tokens]
@@ -132,6 +135,25 @@ class Passes:
 
     def __len__(self) -> int:
         return len(self.edges) - 1
+
+    def arranged(self, groups: Sequence[Sequence[int]]) -> Passes:
+        """Passes that each hold all rows of some of these; every pass of these is in one group."""
+        found = copy.copy(self)
+        order = [number for group in groups for number in group]
+        starts, lengths = self.edges[:-1][order], np.diff(self.edges)[order]
+        rows = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+        firsts = np.cumsum([0, *map(len, groups)])
+        found.by = "batches"
+        found.edges = np.append(0, np.cumsum(lengths))[firsts]
+        found.fresh = np.logical_or.reduceat(self.fresh[order], firsts[:-1])
+        found.decode = np.logical_and.reduceat(self.decode[order], firsts[:-1])
+        found.rows, found.tokens = self.rows[rows], self.tokens[rows]
+        found.experts = [experts[rows] for experts in self.experts]
+        found.weights = [weights[rows] for weights in self.weights]
+        if self._probabilities is not None:
+            found._probabilities = [values[rows] for values in self._probabilities]
+        found._sorted = [found._sort(layer) for layer in range(len(found.experts))]
+        return found
 
     def _sort(self, layer: int) -> tuple[Array, Array, Array, Array]:
         """Of rows as passes of their own: ids ascending, their weights, how many, and the order by weight."""

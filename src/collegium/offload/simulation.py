@@ -1,6 +1,6 @@
 """`Simulation`: what a simulated run did, and `SimulationSettings`: what it was asked to do.
 
-Legend: L MoE layers.
+Legend: L MoE layers, P passes.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ class Simulation:
         unrolled: prompts were run token by token.
         decode_tokens, decode_seconds: of passes that decode.
         prompt_tokens, prompt_seconds: of passes that hold rows of a prompt.
+        spent: ``[P]`` seconds of each pass.
         found: ``[L, 5]`` requests by layer and `Found`.
         demand_bytes: ``[L]`` read because a token waited.
         useful_bytes, wasted_bytes: ``[L]`` read ahead and then asked for; and never, or not before it had left.
@@ -107,6 +108,7 @@ class Simulation:
     decode_seconds: float
     prompt_tokens: int
     prompt_seconds: float
+    spent: Array
     found: Array
     demand_bytes: Array
     useful_bytes: Array

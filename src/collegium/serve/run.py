@@ -48,6 +48,7 @@ def serve(
         access_log=False,
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=5,
+        timeout_keep_alive=75,  # a client that uses a connection again just as it is closed gets an error
         lifespan="off",
         server_header=False,
     )

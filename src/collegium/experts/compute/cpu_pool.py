@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["launch"]
+__all__ = ["launch", "run_here"]
 
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -61,3 +61,9 @@ def launch(kernel: int, *parameters: int) -> None:
         function(pointer)
         for other in others:
             other.result()
+
+
+def run_here(kernel: int, *parameters: int) -> None:
+    """Run a kernel on the calling thread alone: for work that is over before another thread would have begun."""
+    data = (ctypes.c_int64 * (len(parameters) + 1))(0, *parameters)
+    _KERNEL(kernel)(ctypes.addressof(data))

@@ -38,13 +38,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from collegium.errors import ConfigError
-from collegium.experts.compute import stored_int8, stored_kernels
+from collegium.experts.compute import stored_int8, stored_kernels, stored_one
 from collegium.experts.compute.cpu_pool import launch
 from collegium.experts.compute.jit import LANES, missing
 from collegium.experts.compute.stored_kernels import ACTIVATIONS, BLOCK, CHUNK
 from collegium.experts.stored import ExpertLayout, dequantise
 
-__all__ = ["Group", "Precision", "StoredExperts", "stored_linear"]
+__all__ = ["Group", "Precision", "StoredExperts", "stored_linear", "takes_one"]
 
 Group = tuple[Tensor, int, int]
 Precision = Literal["float32", "int8"]
@@ -106,6 +106,7 @@ class StoredExperts:
     Attributes:
         products: what is really done: "float32", "int8", or "reference" where the kernels cannot run: without Numba,
             on an x86 CPU without AVX2 (both with a warning), or if d or f is not a multiple of 16.
+        runs_tokens: whether `token` can be called.
 
     Raises:
         ConfigError: no such `activations`.
@@ -121,6 +122,8 @@ class StoredExperts:
         self.layout, self.activation = layout, activation
         self.products = _products([*layout.matrices.values(), (layout.f, layout.d)], layout.bits, activations)
         self._fused = 0 if layout.interleaved else ACTIVATIONS.get(fused_activation or "", 0)
+        one = self.products == "int8" and self._fused and max(layout.d, layout.f) <= stored_one.WIDEST
+        self.runs_tokens = bool(one)
         self._buffers: dict[str, Tensor] = {}
         fields = layout.fields
 
@@ -146,8 +149,13 @@ class StoredExperts:
             ConfigError: a tensor has another shape, dtype or stride, or a group has rows that `out` has not.
         """
         self._check(x, token, groups, out)
+        if not groups:
+            return
         if self.products == "reference":
             self.reference(x, token, groups, out)
+            return
+        if self.runs_tokens and len(x) == 1 and all(last - first == 1 for _, first, last in groups):
+            self._token(x, groups, out, None)
             return
         layout = self.layout
         address = self._rounded("x", x, layout.d) if self.products == "int8" else x.data_ptr()
@@ -162,6 +170,42 @@ class StoredExperts:
                 self._activate(pre, h, some, start)
             hidden = self._rounded("h_codes", h, layout.f) if self.products == "int8" else h.data_ptr()
             self._launch(layout.matrices["down"], self._down, hidden, 0, out[start:], 0, 0, 1, numbers)
+
+    def token(self, x: Tensor, groups: Sequence[Group], weight: Tensor) -> Tensor:
+        """The weighted sum of one token's experts, where `runs_tokens`.
+
+        Args:
+            x: ``[1, d]`` float32, contiguous.
+            groups: ``(record, i, i + 1)`` for each i from 0 to n - 1 in any order.
+            weight: ``[n]`` float32, contiguous.
+
+        Returns:
+            ``[1, d]`` bfloat16: sums in float32 in the order of the rows, then rounded.
+
+        Raises:
+            ConfigError: as for `run`.
+        """
+        n, d = weight.numel(), self.layout.d
+        out = self._buffer("out", n, d)
+        if weight.dtype != torch.float32 or not weight.is_contiguous():
+            raise ConfigError(f"weight must be contiguous float32, not {weight.dtype}")
+        self._check(x, weight.new_empty(n, dtype=torch.int64), groups, out)
+        y = torch.empty(1, d, dtype=torch.bfloat16)
+        sums = self._buffer("sums", 1, d)
+        total = (d, n, out.data_ptr(), weight.data_ptr(), sums.data_ptr(), y.data_ptr())
+        self._token(x, groups, out, total)
+        return y
+
+    def _token(self, x: Tensor, groups: Sequence[Group], out: Tensor, total: stored_one.Phase | None) -> None:
+        layout = self.layout
+        pre, h = self._buffer("pre", len(out), layout.u), self._buffer("h", len(out), layout.f)
+        parts = 2 if layout.gated else 1
+        (p, q), (r, s) = layout.matrices["up"], layout.matrices["down"]
+        up = (p, q, *self._up, x.data_ptr(), 0, pre.data_ptr(), h.data_ptr(), self._fused, parts)
+        down = (r, s, *self._down, h.data_ptr(), 0, out.data_ptr(), 0, 0, 1)
+        splits = _splits(p, parts, len(groups)), _splits(r, 1, len(groups))
+        numbers = [number for record, first, last in groups for number in (record.data_ptr(), first, last)]
+        stored_one.token_experts(layout.bits, layout.group, up, down, splits, numbers, total)
 
     def reference(self, x: Tensor, token: Tensor, groups: Sequence[Group], out: Tensor) -> None:
         """What `run` does, by torch from `ExpertLayout.read`: the oracle."""
@@ -250,6 +294,11 @@ def _kernel(name: str, bits: int, group: int, products: str) -> int:
 def _round(rows: Tensor, bits: int, group: int, into: Tensor) -> None:
     n, q = rows.shape
     launch(_kernel("round", bits, group, "int8"), n, q, rows.data_ptr(), into.data_ptr(), into.shape[1])
+
+
+def takes_one(matrix: tuple[int, int]) -> bool:
+    """Whether `stored_one.linear_one` can multiply by an 8-bit matrix ``[p, q]`` of this size here."""
+    return matrix[1] <= stored_one.WIDEST and _products([matrix], 8, "int8") == "int8"
 
 
 def stored_linear(

@@ -25,6 +25,7 @@ __all__ = [
     "fma",
     "group_scale",
     "lane_sum",
+    "narrow",
     "read",
     "scratch",
     "spread",
@@ -164,6 +165,20 @@ def activate(typing: Any, name: Any, gated: Any, pre: Any, up: Any, length: Any,
         return context.get_dummy_value()
 
     return types.void(name, *[types.intp] * 5), generate
+
+
+@intrinsic
+def narrow(typing: Any, x: Any, factor: Any, length: Any, out: Any) -> Any:
+    """``factor * x`` as bfloat16, for a multiple of `LANES` columns."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x, factor, length, out = args
+        factors = spread(b, factor)
+        with cgutils.for_range_slice(b, _int(0), length, _int(LANES), I64) as (i, _):
+            _store(b, b.fmul(_load(b, _offset(b, x, i, 4), 4), factors), _offset(b, out, i, 2), 2)
+        return context.get_dummy_value()
+
+    return types.void(x, factor, length, out), generate
 
 
 @intrinsic(prefer_literal=True)

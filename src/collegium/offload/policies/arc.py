@@ -120,10 +120,10 @@ class ArcPolicy(CachePolicy):
         return self._lists[self.geometry.layer_of[key]]
 
     def victim(self, candidates: Array, incoming: int) -> int:
-        lists = self._of(incoming)
-        lists.adapt(incoming)
+        self._of(incoming).adapt(incoming)
         self._adapted = incoming
-        return lists.victim(candidates.tolist(), incoming)
+        # a prompt, or a layer above its share, may give a slot to another layer
+        return self._of(int(candidates[0])).victim(candidates.tolist(), incoming)
 
     def admitted(self, key: int, prefetched: bool) -> None:
         lists = self._of(key)

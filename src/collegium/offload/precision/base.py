@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from collegium.offload.geometry import Array, Geometry
 
 __all__ = ["SKIP", "Choice", "PrecisionPolicy", "PrecisionSettings"]
@@ -63,6 +65,11 @@ class PrecisionPolicy(ABC):
     def choose(self, choice: Choice) -> Array:
         """``[T, K]`` uint8: bits of the copy for each assignment, or `SKIP`. Where tokens differ about an expert, the
         most exact copy that any of them wants serves all."""
+
+    def ahead(self, layer: int) -> Array:
+        """``[E]`` uint8: the copy of each expert of a layer to read before it is known who asks for it; the most exact
+        one, where that depends on the token."""
+        return np.full(self.geometry.experts[layer], self.bits[0], np.uint8)
 
 
 @dataclass(frozen=True)

@@ -140,3 +140,6 @@ class _Table(PrecisionPolicy):
 
     def choose(self, choice: Choice) -> Array:
         return self._bits[choice.layer][np.minimum(choice.experts, self.geometry.experts[choice.layer])]
+
+    def ahead(self, layer: int) -> Array:
+        return self._bits[layer][:-1]
