@@ -40,6 +40,7 @@ def _bench_row(row: dict[str, Any]) -> str:
     unit, most = row.get("unit", "s"), row.get("most")
     goals = [] if row["goal"] is None else [f"{row['goal']:.2f}"]
     goals += [] if most is None else [f"at most {cost(most, unit)}"]
+    goals += [] if row.get("within") is None else [f"within {row['within']:.0%}"]
     share = "" if row["share"] is None else f"{row['share']:.0%}"
     ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
     met = {True: "yes", False: "**no**", None: ""}[row["met"]]
