@@ -67,6 +67,11 @@ def _table(*columns: str, names: int = 1, title: str | None = None) -> Table:
     return table
 
 
+def _rate(tokens_per_second: float) -> str:
+    """Short, as terminals are narrow."""
+    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:,.1f}"
+
+
 def _cached(rows: Sequence[Row]) -> Table:
     totals = [row.simulation.summary() for row in rows]
     kinds = ["hit", "prefetched", "late", "miss"]
@@ -84,7 +89,7 @@ def _cached(rows: Sequence[Row]) -> Table:
             f"{(found['bytes_per_token'] or 0) / 1e6:,.3f}",
             f"{found['stall_ms_per_token']:,.3f}",
             "" if distance is None else f"{distance:.1%}",
-            f"{found['tokens_per_second']:,.1f}",
+            _rate(found["tokens_per_second"]),
         )
     return table
 
@@ -117,7 +122,7 @@ def _divided(rows: Sequence[tuple[Row, HybridSimulation]]) -> Table:
             f"{(found['bytes_per_token'] or 0) / 1e6:,.3f}",
             f"{found['stall_ms_per_token']:,.3f}",
             f"{found['expert_ms_per_token']:,.3f}",
-            f"{found['tokens_per_second']:,.1f}",
+            _rate(found["tokens_per_second"]),
         )
     return table
 

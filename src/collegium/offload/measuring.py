@@ -26,6 +26,8 @@ from collegium.sites import Site
 
 __all__ = ["Needs", "measure", "trim"]
 
+_KEYS = 16
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -50,6 +52,7 @@ def measure(
     """Run the model without its experts on the largest pass and on one token, and one expert on as many rows."""
     short = max(1, chunk // 2)
     _forward(model, 1)  # compiles and starts what is done once
+    _forward(model, min(_KEYS, chunk), more=True)  # attention's kernel is for a token with some past
     _forward_experts(found, source, precision, kind, model.dtype, 1, 1)
     with _peak() as few:
         first = _forward(model, short)
@@ -65,11 +68,12 @@ def measure(
     return Needs(resident_bytes(), working, max(0.0, second - slope * chunk), slope)
 
 
-def _forward(model: Any, tokens: int) -> int:
-    """One pass of so many tokens; bytes of the cache after it."""
+def _forward(model: Any, tokens: int, more: bool = False) -> int:
+    """One pass of so many tokens, and one `more` of a single token; bytes of the cache after it."""
     cache = DynamicCache(config=model.config)
-    ids = torch.zeros(1, tokens, dtype=torch.long)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for count in (tokens, 1) if more else (tokens,):
+        ids = torch.zeros(1, count, dtype=torch.long)
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return sum(tensor.nbytes for layer in cache.layers for tensor in vars(layer).values() if isinstance(tensor, Tensor))
 
 
