@@ -89,7 +89,7 @@ def _cached(rows: Sequence[Row]) -> Table:
             f"{(found['bytes_per_token'] or 0) / 1e6:,.3f}",
             f"{found['stall_ms_per_token']:,.3f}",
             "" if distance is None else f"{distance:.1%}",
-            _rate(found["tokens_per_second"]),
+            _rate(float(found["tokens_per_second"] or 0)),
         )
     return table
 
@@ -122,7 +122,7 @@ def _divided(rows: Sequence[tuple[Row, HybridSimulation]]) -> Table:
             f"{(found['bytes_per_token'] or 0) / 1e6:,.3f}",
             f"{found['stall_ms_per_token']:,.3f}",
             f"{found['expert_ms_per_token']:,.3f}",
-            _rate(found["tokens_per_second"]),
+            _rate(float(found["tokens_per_second"] or 0)),
         )
     return table
 
