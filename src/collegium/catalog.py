@@ -28,11 +28,17 @@ KINDS = {
     "transform": "changes what the selection looks at",
     "selection": "selection scores -> the experts of each token",
     "weigh": "the combine weight of each chosen expert",
+    "capacity": "which assignments an expert has room for",
     "expert": "what one expert computes",
+    "zero_expert": "what an expert without a computation gives",
     "compute": "a back end that runs experts",
     "balance": "a loss that keeps the experts busy",
+    "routing_loss": "another loss on the routing of a layer",
+    "weight_loss": "a loss on the weights of a layer",
+    "system": "a published way to route, as settings of the parts",
     "controller": "an after-step update that keeps the experts busy",
     "layer": "how a whole MoE block is put together",
+    "objective": "what a training step minimises",
     "schedule": "a learning-rate schedule",
     "metric": "a number or figure read from a trace or a model",
     "importance": "statistics -> what each expert is worth",
@@ -107,10 +113,14 @@ def claims() -> dict[str, dict[str, Any]]:
 
 @cache
 def _import_rooms() -> None:
+    import torch  # the rooms import it, too
+
     package = importlib.import_module("collegium")
-    for module in pkgutil.walk_packages(package.__path__, "collegium."):
-        if not module.name.startswith("collegium.cli"):
-            importlib.import_module(module.name)
+    # a module that is imported where a meta device is set computes its constants nowhere
+    with torch.device("cpu"):
+        for module in pkgutil.walk_packages(package.__path__, "collegium."):
+            if not module.name.startswith("collegium.cli"):
+                importlib.import_module(module.name)
 
 
 def methods(kind: str | None = None) -> list[Method]:

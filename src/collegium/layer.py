@@ -1,8 +1,12 @@
 """`MoE`: router, experts, shared experts and balance as one torch module, for transformers models and anybody's own.
 
-Legend: T tokens, E experts, K experts per token, d model width, f expert hidden width, fs shared width.
+Legend: T tokens, E experts, K experts per token, C iterations, d model width, f expert hidden width, fs shared.
 
     y = sum_k weight_k * expert_k(x)  [+ shared(x), or sigmoid(x w) * shared(x)]
+
+Zero-computation experts are experts, too, for the router; their ids follow those of the E that compute.
+
+A layer can do this C times in sequence, with the same experts and a router for each time (Chain-of-Experts, 2025).
 
 A training loop needs three lines beside its own::
 
@@ -25,41 +29,24 @@ A training loop needs three lines beside its own::
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from collegium.balance import Balance, BalanceConfig, sync_all
 from collegium.catalog import method
-from collegium.errors import ConfigError
+from collegium.errors import ConfigError, NonFiniteError
 from collegium.experts.modules import Experts
+from collegium.experts.shared import SharedExperts
+from collegium.experts.zero import ZeroComputeExperts
 from collegium.routing.record import Routing, RoutingContext
-from collegium.routing.router import Router, build_router
+from collegium.routing.router import Router, build_gates
 
-__all__ = ["MoE", "SharedExperts", "after_step", "balance_losses", "moe_layers", "use_context"]
-
-
-class SharedExperts(nn.Module):
-    """A gated FFN that every token passes through: ``down(act(gate(x)) * up(x))``, without biases.
-
-    S shared experts of width f are one such FFN of width ``fs = S * f``, since their outputs are added.
-    """
-
-    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str = "silu") -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.act_fn = ACT2FN[hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., d] -> [..., d]``."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+__all__ = ["MoE", "SharedExperts", "after_step", "balance_losses", "link_layers", "moe_layers", "use_context"]
 
 
 @method("shared_experts", kind="layer", paper="DeepSeekMoE (2024)", arxiv="2401.06066")
@@ -76,16 +63,22 @@ class MoE(nn.Module):
         num_experts_per_tok: K.
         shared: fs, the width of the shared experts; 0 for none.
         shared_gate: multiply the shared output by a learnt sigmoid gate, as Qwen2-MoE does.
-        router: the gate, or settings for `build_router` (``{"score": "sigmoid", "norm_topk_prob": True}``).
+        router: the gate, for E and Z experts (of each iteration, a list), or settings for `build_router`.
+        zero_experts: zero-computation experts, a catalogued name for each; their ids follow those of the E others, and
+            K may count them in.
         balance: how the experts are kept busy; None counts nothing and has no losses.
         group: the processes whose tokens count together, see `LoadStats`.
         hidden_act: activation of routed and shared experts, by transformers' name.
         layer_index: which decoder layer this is, for random keys and messages.
+        iterations: C; each takes K experts of a token, and the shared ones.
+        inner_residual: add an iteration's input to its output; None does so where there are several. A residual around
+            the layer is its caller's: transformers' decoder layers have one, the Chain-of-Experts paper's none.
 
     Attributes:
-        gate, experts, shared_experts, shared_expert_gate: the parts; the last two may be None.
+        gate, experts, shared_experts, shared_expert_gate, zero_experts: the parts; the last three may be None.
+        later_gates: the routers of the second iteration and those after it.
         balance: the `Balance` or None; set it with `set_balance`.
-        last: the `Routing` of the latest training forward, or None.
+        routings: the `Routing` of each iteration of the latest training forward; empty before one.
         context: the `RoutingContext` used where `forward` is given none, see `use_context`.
 
     Raises:
@@ -94,7 +87,9 @@ class MoE(nn.Module):
 
     gate: Router
     experts: Any
-    last: Routing | None
+    passes_on = False  # the next block reads `passed`
+    inner_residual = False
+    routings: tuple[Routing, ...]
     context: RoutingContext | None
 
     def __init__(
@@ -106,33 +101,30 @@ class MoE(nn.Module):
         *,
         shared: int = 0,
         shared_gate: bool = False,
-        router: Router | Mapping[str, Any] | None = None,
+        zero_experts: Sequence[str] = (),
+        router: Router | Sequence[Router] | Mapping[str, Any] | None = None,
         balance: BalanceConfig | None = None,
         group: dist.ProcessGroup | None = None,
         hidden_act: str = "silu",
         layer_index: int = 0,
+        iterations: int = 1,
+        inner_residual: bool | None = None,
     ) -> None:
-        if not 1 <= num_experts_per_tok <= num_experts:
-            raise ConfigError(
-                f"num_experts_per_tok is {num_experts_per_tok}, it must be from 1 to num_experts = {num_experts}"
-            )
+        every = num_experts + len(zero_experts)
+        if not 1 <= num_experts_per_tok <= every:
+            raise ConfigError(f"num_experts_per_tok is {num_experts_per_tok}, it must be from 1 to {every} experts")
         if shared_gate and not shared:
             raise ConfigError("shared_gate needs shared experts: set shared to their width")
-        if not isinstance(router, Router):
-            router = build_router(hidden_size, num_experts, num_experts_per_tok, **(router or {}))
-        shared_experts = SharedExperts(hidden_size, shared, hidden_act) if shared else None
+        gates = build_gates(router, iterations, hidden_size, every, num_experts_per_tok, num_true=num_experts)
         self._assemble(
-            router,
+            gates,
             Experts(hidden_size, intermediate_size, num_experts, hidden_act=hidden_act),
-            shared_experts,
+            SharedExperts(hidden_size, shared, hidden_act) if shared else None,
             nn.Linear(hidden_size, 1, bias=False) if shared_gate else None,
             layer_index,
+            ZeroComputeExperts(zero_experts, hidden_size) if zero_experts else None,
         )
-        if (router.hidden_size, router.num_experts, router.top_k) != (hidden_size, num_experts, num_experts_per_tok):
-            raise ConfigError(
-                f"the router is for width {router.hidden_size} and {router.top_k} of {router.num_experts} experts, "
-                f"the layer for width {hidden_size} and {num_experts_per_tok} of {num_experts}"
-            )
+        self.inner_residual = iterations > 1 if inner_residual is None else inner_residual
         self.set_balance(balance, group)
 
     @classmethod
@@ -146,27 +138,43 @@ class MoE(nn.Module):
     ) -> Self:
         """A block from modules that exist already; `experts` is called as ``experts(x [T, d], routing)``."""
         block = cls.__new__(cls)
-        block._assemble(gate, experts, shared_experts, shared_expert_gate, layer_index)
+        block._assemble([gate], experts, shared_experts, shared_expert_gate, layer_index)
         return block
 
     def _assemble(
         self,
-        gate: Router,
+        gates: Sequence[Router],
         experts: nn.Module,
         shared_experts: nn.Module | None,
         shared_expert_gate: nn.Module | None,
         layer_index: int,
+        zero_experts: ZeroComputeExperts | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        self.gate = gate
+        self.zero_experts = zero_experts
+        self.before: tuple[MoE, ...] = ()  # in a tuple, which hides it from torch
+        self.passed: Routing | None = None
+        self.memory: dict[str, Tensor] | None = None  # of the cache that a decoder runs with
+        self.mixing: Callable[[], Callable[[Tensor], Tensor]] | None = None
+        self.gate, self.later_gates = gates[0], nn.ModuleList(gates[1:])
         self.experts = experts
         self.shared_experts = shared_experts
         self.shared_expert_gate = shared_expert_gate
         self.layer_index = layer_index
         self.balance: Balance | None = None
-        self.context = None
-        self.last = None
+        self.context, self.routings = None, ()
         self._sequence: Tensor | None = None
+        self._key: tuple[int, ...] = ()
+
+    @property
+    def gates(self) -> tuple[Router, ...]:
+        """The routers of all iterations, in order."""
+        return (self.gate, *self.later_gates)
+
+    @property
+    def last(self) -> Routing | None:
+        """The first, as a rule the only, one of `routings`, or None."""
+        return self.routings[0] if self.routings else None
 
     def set_balance(self, config: BalanceConfig | None, group: dist.ProcessGroup | None = None) -> None:
         """Replace `balance`; counts start at zero.
@@ -174,22 +182,46 @@ class MoE(nn.Module):
         Raises:
             ConfigError: `config` has a bias controller, but the router has no selection bias.
         """
-        if config is not None and config.bias_update_rate and self.gate.e_score_correction_bias is None:
+        if config and config.bias_update_rate and any(one.e_score_correction_bias is None for one in self.gates):
             raise ConfigError(
                 "bias_update_rate needs a router with a selection bias (selection_bias=True), "
                 f"which the router of layer {self.layer_index} lacks"
             )
         self.balance = None if config is None else Balance(config, self.gate.num_experts, group)
-        self.gate.keep_logits = self.balance is not None and self.balance.needs_logits
+        self._keep()
+
+    def _keep(self) -> None:
+        """Let the routers keep their logits where a loss, the next iteration or the next layer wants them."""
+        wanted = self.balance is not None and self.balance.needs_logits
+        for gate in self.gates:
+            gate.keep_logits = wanted or self.passes_on or (self.looks_back and bool(self.later_gates))
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether its routers want the routing before theirs: of the block or of the iteration before."""
+        return any(part.needs_previous_layer for part in self.gate.parts)
+
+    def link(self, before: MoE | None) -> None:
+        """Tell the block which one of the model comes before it, if its router wants to know. `link_layers` does it for
+        all blocks of a model."""
+        self.before = (before,) if self.looks_back and before is not None else ()
+        for one in self.before:
+            one.passes_on = True
+            one._keep()
 
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:
         """Draw all weights from a normal distribution with this standard deviation; biases become zero."""
-        self.gate.weight.normal_(std=std)
-        for bias in (self.gate.bias, self.gate.e_score_correction_bias):
-            if bias is not None:
-                bias.zero_()
+        for gate in self.gates:
+            gate.weight.normal_(std=std)
+            for bias in (gate.bias, gate.e_score_correction_bias):
+                if bias is not None:
+                    bias.zero_()
+            for own in gate.own.values():
+                own.reset_parameters()  # type: ignore[operator]
         self.experts.reset_parameters(std)
+        if self.zero_experts is not None:
+            self.zero_experts.reset_parameters(std)
         for part in (self.shared_experts, self.shared_expert_gate):
             for weight in part.parameters() if part is not None else ():
                 weight.normal_(std=std)
@@ -207,50 +239,85 @@ class MoE(nn.Module):
         """
         x_Td = x.reshape(-1, x.shape[-1])
         context = replace(context or self.context or RoutingContext(), layer=self.layer_index, training=self.training)
+        if self.before:
+            context = replace(context, previous=self.before[0].passed)
+        if x.dim() == 3 and context.shape is None:
+            context = replace(context, shape=(x.shape[0], x.shape[1]))
+        if self.memory is not None and context.memory is None:
+            context = replace(context, memory=self.memory)
+        if self.mixing is not None and context.mix is None:
+            context = replace(context, mix=self.mixing())
         for name in ("valid", "document"):
             field = getattr(context, name)
             if field is not None and field.shape != x_Td.shape[:1]:
                 raise ConfigError(f"context.{name} is {tuple(field.shape)}, but there are {x_Td.shape[0]} tokens")
-        routing = self.gate(x_Td, context)
-        y_Td = self.experts(x_Td, routing)
+        y_Td, routings = x_Td, list[Routing]()
+        for iteration, gate in enumerate(self.gates):
+            if iteration:
+                context = replace(context, iteration=iteration, previous=routings[-1] if self.looks_back else None)
+            routing = gate(y_Td, context)
+            self._check(routing)
+            routings.append(routing)
+            given_Td = self._experts(y_Td, routing)
+            y_Td = y_Td + given_Td if self.inner_residual else given_Td
+        self.passed = routings[-1] if self.passes_on else None
+        if self.training and not _recomputing():
+            self._record(routings, context, x)
+        return y_Td.reshape(x.shape)
+
+    def _experts(self, x_Td: Tensor, routing: Routing) -> Tensor:
+        """``[T, d]``: what the experts of all kinds give for one routing."""
+        y_Td = self.experts(x_Td, routing.only_true())
+        if self.zero_experts is not None:
+            y_Td = y_Td + self.zero_experts(x_Td, routing)
         if self.shared_experts is not None:
             s_Td = self.shared_experts(x_Td)
             if self.shared_expert_gate is not None:
                 s_Td = torch.sigmoid(self.shared_expert_gate(x_Td)) * s_Td
             y_Td = y_Td + s_Td
-        if self.training and not _recomputing():
-            self._record(routing, context, x)
-        return y_Td.reshape(x.shape)
+        return y_Td
 
-    def _record(self, routing: Routing, context: RoutingContext, x: Tensor) -> None:
-        self.last, self._sequence = routing, context.document
+    def _check(self, routing: Routing) -> None:
+        # on a device that runs behind, looking would make it wait; there the training loop looks at the loss
+        if routing.weight.device.type == "cpu" and not bool(torch.isfinite(routing.weight).all()):
+            raise NonFiniteError(f"the router of layer {self.layer_index} gives weights that are NaN or infinite")
+
+    def _record(self, routings: Sequence[Routing], context: RoutingContext, x: Tensor) -> None:
+        self.routings, self._sequence = tuple(routings), context.document
+        self._key = (context.seed, context.step, self.layer_index)
         if self._sequence is None and x.dim() > 2:
             rows = torch.arange(x.shape[0], device=x.device)
-            self._sequence = rows.repeat_interleave(routing.num_tokens // max(x.shape[0], 1))
+            self._sequence = rows.repeat_interleave(routings[0].num_tokens // max(x.shape[0], 1))
         if self.balance is not None:
-            self.balance.record(routing)
+            for routing in routings:
+                self.balance.record(routing)
 
     def losses(self) -> dict[str, Tensor]:
-        """The weighted balance losses of the latest training forward, by name; empty without `balance`.
+        """The weighted balance losses of the latest training forward, by name, means over its iterations; empty without
+        `balance`.
 
         Raises:
             ConfigError: no training forward has run, or it ran where no gradient can reach the router.
         """
         if self.balance is None:
             return {}
-        if self.last is None:
+        if not self.routings:
             raise ConfigError(f"layer {self.layer_index} has no balance loss before its first forward in training mode")
-        probs = self.last.probs
-        if torch.is_grad_enabled() and self.gate.weight.requires_grad and probs is not None and not probs.requires_grad:
-            raise ConfigError(
-                f"the balance loss of layer {self.layer_index} would train nothing: its forward ran without gradient. "
-                "If gradient checkpointing is on, choose use_reentrant=False"
-            )
-        return self.balance.losses(self.last, self._sequence)
+        found = []
+        for iteration, (gate, routing) in enumerate(zip(self.gates, self.routings, strict=True)):
+            reached = getattr(routing.probs, "requires_grad", True)
+            if torch.is_grad_enabled() and gate.weight.requires_grad and not reached:
+                raise ConfigError(
+                    f"the balance loss of layer {self.layer_index} would train nothing: its forward ran without "
+                    "gradient. If gradient checkpointing is on, choose use_reentrant=False"
+                )
+            key = (*self._key, iteration) if iteration else self._key
+            found.append(self.balance.losses(routing, self._sequence, gate, self.experts, key))
+        return {name: torch.stack([one[name] for one in found]).mean() for name in found[0]}
 
     def __getstate__(self) -> dict[str, Any]:
         # the latest routing belongs to an autograd graph, which neither deepcopy nor pickle can follow
-        return self.__dict__ | {"last": None, "_sequence": None, "context": None}
+        return self.__dict__ | {"routings": ()} | dict.fromkeys(("passed", "_sequence", "context", "memory"))
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""
@@ -265,6 +332,16 @@ def _recomputing() -> bool:
 def moe_layers(model: nn.Module) -> list[MoE]:
     """The `MoE` blocks of `model`, in the order of its modules."""
     return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+def link_layers(model: nn.Module) -> None:
+    """Tell every `MoE` block of `model` which one comes before it. To be called again after blocks were replaced."""
+    layers = moe_layers(model)
+    for layer in layers:
+        layer.passes_on = False
+    for before, layer in zip([None, *layers], layers, strict=False):
+        layer.link(before)
+        layer._keep()
 
 
 @contextlib.contextmanager
@@ -316,6 +393,7 @@ def after_step(model: nn.Module, step: int) -> None:
     for layer in layers:
         assert layer.balance is not None
         if layer.balance.controller is not None:
-            assert layer.gate.e_score_correction_bias is not None
-            layer.balance.controller.update(layer.gate.e_score_correction_bias, layer.balance.stats.sync(), step)
+            for gate in layer.gates:
+                assert gate.e_score_correction_bias is not None
+                layer.balance.controller.update(gate.e_score_correction_bias, layer.balance.stats.sync(), step)
         layer.balance.stats.reset()

@@ -65,14 +65,14 @@ def test_every_method_is_complete_and_found_by_name() -> None:
 def test_methods_verb_speaks_json() -> None:
     result = CliRunner().invoke(app, ["methods", "--kind", "selection", "--json"])
     rows = json.loads(result.output)
-    assert {"topk"} <= {row["name"] for row in rows}
+    assert {"top_k"} <= {row["name"] for row in rows}
     assert {row["kind"] for row in rows} == {"selection"}
 
 
 def test_catalogue_refuses_unknown_kinds_and_names() -> None:
     with pytest.raises(ConfigError, match="unknown kind"):
         catalog.method("x", kind="nonsense", paper="none")
-    with pytest.raises(ConfigError, match="topk"):
+    with pytest.raises(ConfigError, match="top_k"):
         catalog.get("selection", "nonsense")
 
 

@@ -1,4 +1,5 @@
-"""What every score, transform, selection and weighing must do, over all catalogued ones."""
+"""What every score, transform, selection and weighing must do, over all catalogued ones that choose K experts by what a
+token alone says; `test_check_router` runs over the others, too."""
 
 from __future__ import annotations
 
@@ -12,9 +13,10 @@ from collegium.errors import ConfigError
 from collegium.routing import Router, RoutingContext, check_parts
 from collegium.routing.parts import Part, Score, Scores, Selection, Transform, Weigh
 from collegium.routing.scores import Sigmoid, Softmax
-from collegium.routing.selection import SparseMixer, SparseMixerWeights, TopK
+from collegium.routing.selection import GroupedTopK, SparseMixer, SparseMixerWeights, TopK
 from collegium.routing.transforms import GroupLimit, LogitSelection, SelectionBias
 from collegium.routing.weighing import Renormalised, SoftmaxSelected
+from collegium.routing.weighing_except import RenormalisedExcept
 
 T, E, D = 40, 8, 16
 BASES = {"score": Score, "transform": Transform, "selection": Selection, "weigh": Weigh}
@@ -23,9 +25,14 @@ EXAMPLES: dict[tuple[str, str], list[Part]] = {
     ("transform", "group_limit"): [GroupLimit(4, 2), GroupLimit(4, 2, "max", 0.0)],
     ("selection", "sparse_mixer"): [SparseMixer(), SparseMixer(0.5)],
     ("weigh", "sparse_mixer"): [SparseMixerWeights(0.5)],
+    ("selection", "grouped_top_k"): [GroupedTopK(1)],
+    ("weigh", "renormalised_except"): [RenormalisedExcept(2)],
+    ("transform", "document_pool"): [],
+    ("transform", "attention_mix"): [],
     ("weigh", "renormalised"): [Renormalised(), Renormalised(epsilon=1e-6), Renormalised(minimum=0.9)],
 }
-"""Settings to test where the defaults do not do, or are not all there is."""
+"""Settings to test where the defaults do not do, or are not all there is; none where a part looks at more than the
+token (see test_check_router)."""
 
 COMPANIONS = {SparseMixerWeights(0.5): {"selection": SparseMixer(0.5), "transforms": (LogitSelection(),)}}
 """What a part needs beside it in a router."""
@@ -34,8 +41,8 @@ COMPANIONS = {SparseMixerWeights(0.5): {"selection": SparseMixer(0.5), "transfor
 def members(kind: str) -> list[Part]:
     found: list[Part] = []
     for entry in methods(kind):
-        found += EXAMPLES.get((kind, entry.name)) or [entry.obj()]
-    return found
+        found += EXAMPLES[kind, entry.name] if (kind, entry.name) in EXAMPLES else [entry.obj()]
+    return [part for part in found if part.learns and not part.remembers and getattr(part, "fixed", True)]
 
 
 ALL = [part for kind in BASES for part in members(kind)]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor, nn
 
 from collegium.balance.controllers import LossFreeBias
+from collegium.balance.extra import RoutingLoss, WeightLoss
 from collegium.balance.losses import load_balancing_loss, router_z_loss
 from collegium.balance.stats import LoadStats
+from collegium.catalog import methods
+from collegium.named import one_named, snake
 from collegium.routing.record import Routing
 
 __all__ = ["Balance", "BalanceConfig"]
@@ -26,6 +29,7 @@ class BalanceConfig(BaseModel):
         z_loss: coefficient of `router_z_loss` (1e-3 in ST-MoE).
         bias_update_rate, bias_update, bias_decay, bias_centred, bias_cap: `LossFreeBias` as rate, error, decay,
             centred, cap; needs a router with a selection bias.
+        losses: more losses, of kind "routing_loss" or "weight_loss", as ``{name: {setting: value}}``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +42,22 @@ class BalanceConfig(BaseModel):
     bias_decay: float = Field(default=0.0, ge=0)
     bias_centred: bool = False
     bias_cap: float | None = Field(default=None, gt=0)
+    losses: tuple[dict[str, Any] | str, ...] = ()
+
+    @field_validator("losses")
+    @classmethod
+    def _known(cls, losses: tuple[Any, ...]) -> tuple[Any, ...]:
+        for one in losses:
+            _loss(one)
+        return losses
+
+
+def _loss(said: Any) -> RoutingLoss | WeightLoss:
+    """The loss that plain data names."""
+    name = said if isinstance(said, str) else next(iter(said), "")
+    weights = {one.name for one in methods("weight_loss")}
+    found: RoutingLoss | WeightLoss = one_named("weight_loss" if name in weights else "routing_loss", said, "losses")
+    return found
 
 
 class Balance:
@@ -52,6 +72,11 @@ class Balance:
     def __init__(self, config: BalanceConfig, num_experts: int, group: dist.ProcessGroup | None = None) -> None:
         self.config = config
         self.stats = LoadStats(num_experts, group)
+        found = [_loss(one) for one in config.losses]
+        for one in found:
+            one.check(num_experts)
+        self.routing_losses = [one for one in found if isinstance(one, RoutingLoss)]
+        self.weight_losses = [one for one in found if isinstance(one, WeightLoss)]
         self.controller: LossFreeBias | None = None
         if config.bias_update_rate:
             self.controller = LossFreeBias(
@@ -65,19 +90,23 @@ class Balance:
     @property
     def needs_logits(self) -> bool:
         """Whether the router must keep its logits."""
-        return self.config.z_loss > 0
+        return self.config.z_loss > 0 or any(one.needs_logits for one in self.routing_losses)
 
     def record(self, routing: Routing) -> None:
         """Count one training forward."""
         tokens = routing.num_tokens if routing.valid is None else routing.valid.sum()
         self.stats.add(routing.counts("assigned"), tokens)
 
-    def losses(self, routing: Routing, sequence: Tensor | None) -> dict[str, Tensor]:
+    def losses(
+        self, routing: Routing, sequence: Tensor | None, router: nn.Module, experts: Any, key: tuple[int, ...]
+    ) -> dict[str, Tensor]:
         """Weighted losses of one recorded forward, by name; those with coefficient 0 are absent.
 
         Args:
             routing: what `record` was given last.
             sequence: ``[T]`` sequence or document of each token, needed by scope "sequence".
+            router, experts: of the layer, for losses on weights.
+            key: for random choices.
         """
         found = {}
         if self.config.load_balancing:
@@ -87,4 +116,11 @@ class Balance:
             )
         if self.config.z_loss:
             found["z_loss"] = self.config.z_loss * router_z_loss(routing)
+        pooled = self.stats if self.config.scope == "global" else None
+        for loss in self.routing_losses:
+            if loss.coefficient:
+                found[snake(loss)] = loss.coefficient * loss(routing, pooled)
+        for weight_loss in self.weight_losses:
+            if weight_loss.coefficient:
+                found[snake(weight_loss)] = weight_loss.coefficient * weight_loss(router, experts, key)
         return found

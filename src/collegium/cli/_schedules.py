@@ -93,7 +93,7 @@ def variants(asked: Asked, passes: Passes, machine: Machine, predictor: Predicto
 
 
 def _regrouped(asked: Asked, passes: Passes, predictor: Predictor | None) -> list[Variant]:
-    from collegium.offload.named import find_named
+    from collegium.named import find_named
     from collegium.offload.simulate_batch import batched, distinct_experts, predicted_experts
 
     if asked.batch is None:
@@ -109,7 +109,7 @@ def _regrouped(asked: Asked, passes: Passes, predictor: Predictor | None) -> lis
 
 
 def _divided(asked: Asked, passes: Passes, machine: Machine, settings: str) -> list[Variant]:
-    from collegium.offload.named import find_named
+    from collegium.named import find_named
     from collegium.offload.schedule.device import find_device
 
     if bool(settings.strip()) == (asked.device is not None):

@@ -63,7 +63,18 @@ def _softmax_rules(s: _Source) -> list[Rule]:
         ("n_group", m.n_group, (m.n_group or 1) == (m.topk_group or 1), "no groups"),
         ("selection_bias", True, not m.has_selection_bias, "none"),
         ("router_bias", True, not m.router_bias, "none"),
+        *_own_parts(m),
         ("shared experts of width", m.shared_width, not m.shared_width, "none"),
+    ]
+
+
+def _own_parts(m: MoEConfig) -> list[Rule]:
+    """What no family has."""
+    return [
+        ("router", m.router, m.router is None, "a router that fields describe"),
+        ("zero_experts", m.zero_experts, not m.zero_experts, "none"),
+        ("iterations", m.iterations, m.iterations == 1, "1"),
+        ("inner_residual", m.inner_residual, not m.inner_residual, "none"),
     ]
 
 
@@ -127,6 +138,7 @@ def _deepseek_v3_rules(s: _Source) -> list[Rule]:
     return [
         ("scoring_func", m.scoring_func, m.scoring_func == "sigmoid", "sigmoid"),
         ("router_bias", True, not m.router_bias, "none"),
+        *_own_parts(m),
         ("shared_expert_gate", True, not m.shared_expert_gate, "none"),
         (
             "shared_expert_intermediate_size",

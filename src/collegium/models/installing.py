@@ -7,13 +7,15 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 from collegium.balance import BalanceConfig
 from collegium.errors import ConfigError, NotMoEError, UnsupportedFamilyError
-from collegium.layer import moe_layers
+from collegium.layer import link_layers, moe_layers
 from collegium.models.blocks import Block, BlockMoE, decoder_blocks, family_of, moe_blocks, probe
 from collegium.models.config import MoEConfig
+from collegium.models.decoding import give_memory, give_mixing
 from collegium.models.wrapping import wrap_block
 
 __all__ = ["install"]
@@ -84,11 +86,36 @@ def install(
         section = {"wrapped": None if balance is None else balance.model_dump(mode="json")}
     for _, moe in blocks:
         moe.set_balance(balance, group)
+    _connect(model, blocks)
     # nothing can be refused from here on, so a model is changed as a whole or not at all
     for block, moe in blocks:
         block.replace(moe)
+    link_layers(model)
     model.config.collegium = {"version": SECTION_VERSION, "layers": [block.layer for block in chosen], **section}
     return model
+
+
+def _connect(model: PreTrainedModel, blocks: list[tuple[Block, BlockMoE]]) -> None:
+    """Give routers what they need of the decoder.
+
+    Raises:
+        ConfigError, UnsupportedFamilyError: the model's attention cannot give it.
+    """
+    mixing = [(block, moe) for block, moe in blocks if any(part.needs_attention for part in moe.gate.parts)]
+    if mixing:
+        give_mixing(model, [(moe, _attention(block, model)) for block, moe in mixing])
+    if any(part.remembers for _, moe in blocks for part in moe.gate.parts):
+        give_memory(model, [moe for _, moe in blocks])
+
+
+def _attention(block: Block, model: PreTrainedModel) -> nn.Module:
+    """The attention module of the decoder layer that holds a block."""
+    found = getattr(block.parent, "self_attn", None)
+    if not isinstance(found, nn.Module):
+        raise UnsupportedFamilyError(
+            f"decoder layer {block.layer} of model type {family_of(model)!r} has no self_attn to average by"
+        )
+    return found
 
 
 def _refuse_foreign_experts(model: PreTrainedModel) -> None:
@@ -123,12 +150,15 @@ def _fresh(model: PreTrainedModel, block: Block, config: MoEConfig) -> BlockMoE:
             text.hidden_size,
             config.moe_intermediate_size,
             config.num_experts,
-            config.num_experts_per_tok,
+            config.slots,
             shared=config.shared_width,
             shared_gate=config.shared_expert_gate,
-            router=config.router_settings,
+            zero_experts=config.zero_experts,
+            router=config.build_gates(text.hidden_size),
             hidden_act=hidden_act,
             layer_index=block.layer,
+            iterations=config.iterations,
+            inner_residual=config.inner_residual,
         ).to(x.dtype)
     moe.pair = pair
     moe.reset_parameters(getattr(text, "initializer_range", 0.02))

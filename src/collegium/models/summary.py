@@ -38,6 +38,7 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("experts", re.compile(r"(^|\.)experts\.(?!(router|bias)(\.|$))|(mlp|block_sparse_moe)\.(input|output)_linear\.")),
     ("experts", re.compile(r"mlp\.(up|down)_embed\.")),  # Doge keeps its experts as rows of an embedding
     ("router", re.compile(r"^gate\.")),  # right in the layer (Mistral Large 4)
+    ("router", re.compile(r"\.later_gates\.")),  # of our own layers that route several times
     ("router", re.compile(r"tid2eid|(^|\.)(router|router_gate)\.")),
     ("router", re.compile(r"(mlp|mlp\.\w+_moe|block_sparse_moe|feed_forward|mixer|ffn|moe)\.gate\.")),
     (
@@ -302,6 +303,7 @@ def _moe_layers(
         if (key := layer_of(name)) is not None:
             layers.setdefault(key, []).append(name)
     found = []
+    iterations = _at(_table(config, "collegium", "moe").get("iterations"), 0) or 1
     top_k = lookup(config, "top_k") or TOP_K.get(family) or _default_top_k(config)
     for (stack, layer), names in sorted(layers.items()):
         experts = [name for name in names if part_of(name) == "experts"]
@@ -311,7 +313,7 @@ def _moe_layers(
         K = _at(top_k, layer)
         own, whole = sum(counts[name] for name in experts), sum(counts[name] for name in names)
         nbytes = sum(tensors[name].nbytes for name in experts)
-        active = whole - own * (E - min(K, E)) // E if E and K else None
+        active = whole - own * (E - min(K * iterations, E)) // E if E and K else None
         found.append(
             LayerSummary(
                 stack,

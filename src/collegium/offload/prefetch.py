@@ -16,9 +16,9 @@ from typing import Literal
 import numpy as np
 
 from collegium.errors import ConfigError
+from collegium.named import parse_settings, settled
 from collegium.offload.cache import ExpertCache
 from collegium.offload.geometry import Array, Geometry
-from collegium.offload.named import parse_settings, settled
 from collegium.offload.precision.base import PrecisionPolicy
 from collegium.offload.predictors.base import FEW, Prediction
 

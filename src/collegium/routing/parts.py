@@ -1,25 +1,26 @@
-"""The small parts a router is a chain of: score -> transforms -> selection -> weigh.
+"""The small parts a router is a chain of: score -> transforms -> selection -> weigh -> capacity.
 
 Legend: T tokens, E experts, K slots per token, d model width.
 
-A part is a frozen dataclass whose fields are its settings. It owns no tensors, draws no global random numbers and
-changes nothing in place, so that recomputation replays it. Three tensors travel apart in `Scores`; a part changes
-only the one that its paper changes.
+A part is a frozen dataclass whose fields are its settings. It draws no global random numbers and changes nothing in
+place, so that recomputation replays it. Tensors that it learns or keeps are declared by `Part.tensors`, owned by the
+router and handed back in `Scores.own`. Three tensors travel apart in `Scores`; a part changes only the one that its
+paper changes.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from collegium.errors import ConfigError
-from collegium.routing.record import RoutingContext
+from collegium.routing.record import Routing, RoutingContext
 
-__all__ = ["Part", "Score", "Scores", "Selection", "Transform", "Weigh", "check_parts"]
+__all__ = ["Capacity", "OwnTensor", "Part", "Score", "Scores", "Selection", "Transform", "Weigh", "check_parts"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +32,47 @@ class Scores:
         probs: ``[T, E]`` probabilities for losses, metrics and combine weights, differentiable, non-negative.
         selection: ``[T, E]`` what the selection looks at; no gradient. -inf forbids an expert.
         correction_bias: ``[E]`` the router's ``e_score_correction_bias``, or None if it has none.
+        x: ``[T, d]`` what the router was given, where it was given that.
+        num_true: experts with ids below it compute something, the others are zero-computation ones; None means all do.
+        own: the tensors that the part which is called declared, by name.
+        score: logits -> probabilities, for a transform that changes logits.
     """
 
     logits: Tensor
     probs: Tensor
     selection: Tensor
     correction_bias: Tensor | None = None
+    x: Tensor | None = None
+    num_true: int | None = None
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+    score: Callable[[Tensor], Tensor] | None = None
+
+    def with_logits(self, logits: Tensor) -> Scores:
+        """These with other logits ``[T, E]``: probabilities and selection scores follow them."""
+        assert self.score is not None
+        probs = self.score(logits)
+        return replace(self, logits=logits, probs=probs, selection=probs.detach())
+
+    def with_probs(self, probs: Tensor) -> Scores:
+        """These with other probabilities ``[T, E]``: selection scores follow them."""
+        return replace(self, probs=probs, selection=probs.detach())
+
+
+@dataclass(frozen=True)
+class OwnTensor:
+    """A tensor that a part declares.
+
+    Attributes:
+        shape: of it.
+        std: of the normal distribution it is drawn from; 0 is zeros.
+        learnt: a parameter in the router's dtype, or a float32 buffer.
+        identity: it begins as a unit matrix, plus what `std` says.
+    """
+
+    shape: tuple[int, ...]
+    std: float = 0.02
+    learnt: bool = True
+    identity: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +84,11 @@ class Part:
         batch_invariant: a token's routing does not depend on the other tokens of the batch (at inference).
         train_only: has no meaning at inference.
         needs_attention, needs_documents, needs_previous_layer: which part of `RoutingContext` it cannot do without.
+        remembers: it keeps something of the past in ``RoutingContext.memory`` when a model decodes with a cache.
         needs_correction_bias: the router must own an ``e_score_correction_bias``.
+        symmetric: experts that change places take their tokens with them. False where an expert's id means something.
+        draws: it makes random choices in training, with the context's key.
+        learns: the task loss reaches the router through it. False where its weights carry no gradient.
     """
 
     causal: ClassVar[bool] = True
@@ -57,7 +97,15 @@ class Part:
     needs_attention: ClassVar[bool] = False
     needs_documents: ClassVar[bool] = False
     needs_previous_layer: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
     needs_correction_bias: ClassVar[bool] = False
+    symmetric: ClassVar[bool] = True
+    draws: ClassVar[bool] = False
+    learns: ClassVar[bool] = True
+
+    def tensors(self, hidden_size: int, num_experts: int, top_k: int) -> dict[str, OwnTensor]:
+        """The tensors that the router is to own for this part, by name."""
+        return {}
 
     def check(self, num_experts: int, top_k: int, parts: tuple[Part, ...]) -> None:
         """Refuse settings that cannot work for this many experts and slots, or beside these other parts.
@@ -91,7 +139,14 @@ class Score(Part, ABC):
 
 
 class Transform(Part, ABC):
-    """Changes one or more of logits, probabilities and selection scores."""
+    """Changes one or more of logits, probabilities and selection scores.
+
+    Attributes:
+        touches: the first of them that it changes. Those that change logits come before those that change
+            probabilities, and these before those that change selection scores only: each makes what follows anew.
+    """
+
+    touches: ClassVar[Literal["logits", "probs", "selection"]] = "selection"
 
     @abstractmethod
     def __call__(self, scores: Scores, context: RoutingContext) -> Scores:
@@ -129,6 +184,15 @@ class Weigh(Part, ABC):
         For a selection that is not `fixed`, `scores` has one more column, that of the sentinel: probability 0,
         logit -inf.
         """
+
+
+class Capacity(Part, ABC):
+    """Which assignments an expert has room for."""
+
+    @abstractmethod
+    def __call__(self, routing: Routing, context: RoutingContext) -> Tensor | None:
+        """``[A]`` bool of each assignment, False for those that are dropped; None keeps all. Called without gradient,
+        on a routing with `probs`."""
 
 
 def check_parts(parts: Iterable[Part], *, inference: bool = False, causal_decoding: bool = False) -> None:

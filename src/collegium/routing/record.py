@@ -112,6 +112,7 @@ class Routing:
         probs: Tensor | None = None,
         selection: Tensor | None = None,
         valid: Tensor | None = None,
+        num_true: int | None = None,
     ) -> Routing:
         """From transformers' ``[T, K]`` index and weights, where the sentinel ``num_experts`` marks an unused slot.
 
@@ -120,7 +121,14 @@ class Routing:
         T, K = index.shape
         index, weight = index.long(), weight.reshape(T, K)
         record = partial(
-            cls, num_tokens=T, num_experts=num_experts, logits=logits, probs=probs, selection=selection, valid=valid
+            cls,
+            num_tokens=T,
+            num_experts=num_experts,
+            logits=logits,
+            probs=probs,
+            selection=selection,
+            valid=valid,
+            num_true=num_true,
         )
         used = None if full else index < num_experts
         if used is None or bool(used.all()):
@@ -174,6 +182,21 @@ class Routing:
             raise ConfigError("tokens differ in their number of experts, so there is no [T, K] view; use to_topk()")
         return self.slots
 
+    def only_true(self) -> Routing:
+        """The assignments to experts that compute something, as a routing among `num_true` experts."""
+        if self.num_true is None or self.num_true == self.num_experts:
+            return self
+        real = self.expert < self.num_true
+        return Routing(
+            expert=self.expert[real],
+            weight=self.weight[real],
+            num_tokens=self.num_tokens,
+            num_experts=self.num_true,
+            ragged_token=self.token[real],
+            kept=None if self.kept is None else self.kept[real],
+            valid=self.valid,
+        )
+
     def dispatch(self) -> Dispatch:
         """Assignments sorted by expert; dropped ones are left out. Computed once per record."""
         return self._dispatch
@@ -226,9 +249,15 @@ class RoutingContext:
     Attributes:
         layer: index of the decoder layer.
         step, micro_batch, seed: the random key, see `generator`.
+        iteration: of a layer that routes several times in a forward, from 0; part of the key.
+        draw: which of several forwards over the same micro-batch this is, from 0; part of the key.
         training: whether noise and other training-only parts act.
         previous: the `Routing` of the previous MoE layer.
-        mix: callable ``values [T, n] -> [T, n]`` that averages over tokens as this layer's attention does.
+        mix: callable ``values [T, n] -> [T, n]`` that averages over tokens as this layer's attention does, those of the
+            past included that a key-value cache holds; called once a forward.
+        shape: ``(sequences, tokens of each)`` with T their product; None where all tokens are one sequence.
+        memory: what parts of this layer keep of the sequences between the forwards of a key-value cache, by name; None
+            where there is no cache.
         document, position, modality, task: ``[T]`` int64 ids.
         timestep: ``[T]`` or scalar, for diffusion models.
         valid: ``[T]`` bool, False for padding.
@@ -238,9 +267,13 @@ class RoutingContext:
     step: int = 0
     micro_batch: int = 0
     seed: int = 0
+    iteration: int = 0
+    draw: int = 0
     training: bool = False
     previous: Routing | None = None
     mix: Callable[[Tensor], Tensor] | None = None
+    shape: tuple[int, int] | None = None
+    memory: dict[str, Tensor] | None = None
     document: Tensor | None = None
     position: Tensor | None = None
     modality: Tensor | None = None
@@ -249,5 +282,7 @@ class RoutingContext:
     valid: Tensor | None = None
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
-        """A generator keyed by (seed, step, micro-batch, layer, purpose): recomputation replays the same choices."""
-        return generator(self.seed, self.step, self.micro_batch, self.layer, purpose, device=device)
+        """A generator keyed by (seed, step, micro-batch, layer, purpose), and by iteration and draw after the first:
+        recomputation replays the same choices."""
+        more = [*(("iteration", self.iteration) if self.iteration else ()), *(("draw", self.draw) if self.draw else ())]
+        return generator(self.seed, self.step, self.micro_batch, self.layer, purpose, *more, device=device)

@@ -23,15 +23,20 @@ __all__ = ["sites"]
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 
 
-def sites(model: nn.Module) -> list[Site]:
+def sites(model: nn.Module, *, iterated: bool = False) -> list[Site]:
     """The MoE blocks of `model`, in the order of its modules.
 
     Works for transformers models (the families behind the experts interface, Llama-4, NLLB-MoE, Switch; text backbones
     and multimodal wrappers) and for any module that holds `collegium.layer.MoE`.
 
+    Args:
+        model: the model, or a part of it.
+        iterated: blocks that route several times in a forward (`Site.iterations`) are understood. Most of what works
+            on sites knows one routing of a layer and one row of its gate for an expert, so they are refused otherwise.
+
     Raises:
         NotMoEError: the model has no MoE block.
-        UnsupportedFamilyError: it has one that no adapter covers.
+        UnsupportedFamilyError: it has one that no adapter covers, or one of several iterations without `iterated`.
     """
     _refuse_unsupported(model)
     _refuse_older_release(model)
@@ -46,6 +51,12 @@ def sites(model: nn.Module) -> list[Site]:
             f"{type(model).__name__} (model type {_model_type(model)!r}) has no MoE block: no module in it holds "
             "'experts' beside a 'gate' or 'router'; use a MoE checkpoint, or put MoE layers into this model with "
             "collegium.install(model, config)"
+        )
+    several = [] if iterated else [site for site in found if site.iterations > 1]
+    if several:
+        raise UnsupportedFamilyError(
+            f"the MoE block {several[0].path!r} routes {several[0].iterations} times in a forward, and this reads one "
+            "routing of a layer; sites() and tap() take iterated=True and then show each of them"
         )
     return found
 

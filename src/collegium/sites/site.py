@@ -26,7 +26,7 @@ class Site:
             decoder) or several blocks in a layer (text and vision experts); `path` never does.
         path: module path of the block in the model that was searched.
         block: the module around gate and experts (in Gemma-4 the whole decoder layer).
-        gate: the module that decides.
+        gate: the module that decides; the first of `gates`.
         experts: the module that computes.
         shared: modules that see every token beside the experts.
         num_experts: E, the experts a token chooses from.
@@ -49,6 +49,16 @@ class Site:
     score: str
     adapter: Adapter = field(repr=False)
     names: Callable[[], list[dict[str, str]]] = field(repr=False)
+
+    @property
+    def gates(self) -> tuple[nn.Module, ...]:
+        """Every module that decides in a forward, in order; several where a layer routes several times in sequence."""
+        return self.adapter.gates(self.block, self.gate)
+
+    @property
+    def iterations(self) -> int:
+        """How many routings a forward has here."""
+        return len(self.gates)
 
     @property
     def scales_input(self) -> bool:

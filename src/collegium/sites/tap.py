@@ -68,13 +68,15 @@ class Tap(Protocol):
 
 
 @contextmanager
-def tap(model: nn.Module, *taps: Tap, logits: bool = False) -> Iterator[list[Site]]:
+def tap(model: nn.Module, *taps: Tap, logits: bool = False, iterated: bool = False) -> Iterator[list[Site]]:
     """Call `taps` at every MoE block while the context is open. Contexts nest.
 
     Args:
         model: any model that `sites` finds blocks in.
         logits: fill ``Routing.logits`` with the gate's logits ``[T, E]``, as the gate computed them (without ZAYA's
             skip class, which is no expert).
+        iterated: call `taps` once for each iteration of a block that routes several times in a forward, in order; such
+            blocks are refused otherwise.
 
     Yields:
         The sites that are tapped.
@@ -84,7 +86,7 @@ def tap(model: nn.Module, *taps: Tap, logits: bool = False) -> Iterator[list[Sit
         ConfigError: from the model's forward, when a tap returns something that is not a routing of the same tokens and
             experts. An exception inside a tap carries a note that names the tap and the site.
     """
-    found = sites(model)
+    found = sites(model, iterated=iterated)
     for one in taps:
         if hasattr(one, "check"):
             one.check(found)
@@ -150,14 +152,14 @@ class _Point:
         site, adapter = self.site, self.site.adapter
         self.handles += adapter.prepare(site, logits)
         if any(entry.view == "gate" for entry in self.entries):
-            self.handles.append(site.gate.register_forward_pre_hook(self._see_gate_input))
+            self.handles += [gate.register_forward_pre_hook(self._see_gate_input) for gate in site.gates]
         if (logits or adapter.needs_gate) and (module := adapter.logits_module(site)) is not None:
             self.handles.append(module.register_forward_hook(self._see_logits))
         if adapter.at == "gate":
             self.handles.append(site.gate.register_forward_hook(self._at_gate, with_kwargs=True))
             return
         if logits or adapter.needs_gate:
-            self.handles.append(site.gate.register_forward_hook(self._see_gate_output))
+            self.handles += [gate.register_forward_hook(self._see_gate_output) for gate in site.gates]
         self.handles.append(site.experts.register_forward_pre_hook(self._at_experts, with_kwargs=True))
 
     def _see_gate_input(self, gate: nn.Module, args: tuple[Any, ...]) -> None:

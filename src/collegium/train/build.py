@@ -98,11 +98,13 @@ class Parameters:
 
 
 def count_parameters(model: nn.Module) -> Parameters:
-    """Count. A token uses everything but the experts it is not routed to: routers and embeddings count as active."""
+    """Count. A token uses everything but the experts it is not routed to: routers and embeddings count as active. In a
+    layer of C iterations these are C times K experts, so that what is active stands for what is computed."""
     total = sum(p.numel() for p in model.parameters())
     idle = 0
     for layer in moe_layers(model):
-        E, K = layer.gate.num_experts, layer.gate.top_k
+        E = layer.gate.num_experts
+        K = min(sum(gate.top_k for gate in layer.gates), E)
         idle += sum(p.numel() for p in layer.experts.parameters()) * (E - K) // E
     return Parameters(total, total - idle)
 

@@ -4,7 +4,7 @@ Legend: B sequences per optimizer step over all processes, S positions, R proces
 
 Every loss is divided by global counts before backward, and gradients are only ever summed. So R and M change the
 result by rounding only, with one exception: the load-balancing loss of scope "global" sees the counts of the step *so
-far*, which with M > 1 are partial in all but the last micro-batch.
+far*, which with M > 1 are partial in all but the last micro-batch (and in all but the last pass of one).
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import collegium
 from collegium import models
 from collegium.errors import ConfigError, DataError, NonFiniteError
 from collegium.files import atomic_file
-from collegium.layer import after_step, balance_losses, moe_layers, use_context
+from collegium.layer import after_step, moe_layers
 from collegium.rng import seed_of
 from collegium.train.batches import Order, model_inputs, routing_context
 from collegium.train.build import build_model, compile_around_experts, count_parameters
 from collegium.train.evaluate import Evaluation, evaluate
 from collegium.train.journal import Journal
 from collegium.train.objective import Objective
+from collegium.train.objectives import MicroBatch, find_objective
 from collegium.train.optim import build_optimizer, clip_, first_non_finite, gradient_norm
 from collegium.train.prepare import prepare
 from collegium.train.progress import ProgressLine
@@ -103,6 +104,7 @@ class _Trainer:
             load_optimizer(found[0], self.model, self.optimizer)
             self.progress = found[1]
         self.objective = Objective(self.model)
+        self.minimised = find_objective(recipe.objective)
         if recipe.run.compile:
             compile_around_experts(self.model)
         self.schedule = build_schedule(recipe.schedule)
@@ -184,17 +186,15 @@ class _Trainer:
         number = self.ranks.rank * recipe.run.accumulate + m
         rows = self.order(step * recipe.run.batch_size + number * size, size)
         batch = {k: v.to(self.ranks.device) for k, v in self.data.train.batch(rows).items()}
-        predicted = recipe.run.batch_size * (recipe.data.sequence_length - 1)
-        context = routing_context(batch, seed=recipe.run.seed, step=step, micro_batch=number)
-        # the backward pass may recompute the forward, which must then see the same context
-        with use_context(self.model, context):
-            with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
-                inputs = model_inputs(batch, self.model, recipe.data.mask_documents)
-                loss = self.objective.mean_loss(inputs, predicted)
-            # each is a mean over the tokens of a micro-batch, and these are equally large
-            balance = {name: value / self.micro_batches for name, value in balance_losses(self.model).items()}
-            torch.stack([loss, *balance.values()]).sum().backward()
-        return {name: value.detach() for name, value in {"loss": loss, **balance}.items()}
+        one = MicroBatch(
+            self.objective,
+            model_inputs(batch, self.model, recipe.data.mask_documents),
+            routing_context(batch, seed=recipe.run.seed, step=step, micro_batch=number),
+            predicted=recipe.run.batch_size * (recipe.data.sequence_length - 1),
+            micro_batches=self.micro_batches,
+            precision=self.precision,
+        )
+        return self.minimised.step(one)
 
     def _check_finite(self, step: int, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -216,8 +216,7 @@ class _Trainer:
             if layer.balance is not None:
                 counts = layer.balance.stats.sync()
             else:
-                assert layer.last is not None
-                counts = self.ranks.sum_(layer.last.counts())
+                counts = self.ranks.sum_(torch.stack([one.counts() for one in layer.routings]).sum(0))
             share = counts.double() / counts.sum().clamp(min=1)
             violations.append(float(counts.max() / counts.double().mean() - 1))
             entropies.append(-float(torch.special.xlogy(share, share).sum()) / math.log(2))

@@ -1,11 +1,11 @@
 """What a run writes about itself: one JSON object a line, and optional experiment trackers behind one protocol.
 
 Every line has ``event`` ("step" or "eval"), ``step`` and ``tokens``. A "step" line has ``loss`` (nats per token),
-``lr``, ``grad_norm``, ``tokens_per_second``, ``seconds``, each balance loss by name, and for MoE models
-``max_violation`` (mean over layers), ``dead_experts`` (sum over layers), ``entropy`` (of the load, in bits, mean over
-layers) and ``loads``: a list for each MoE layer in order, with each expert's share of the layer's assignments in this
-step, rounded to 4 digits (they sum to 1 but for rounding; all 0 if the step had no tokens). An "eval" line has
-``bits_per_byte`` of all text and ``domains`` with each domain's.
+``lr``, ``grad_norm``, ``tokens_per_second``, ``seconds``, what the objective has beside the loss, each balance loss by
+name, and for MoE models ``max_violation`` (mean over layers), ``dead_experts`` (sum over layers), ``entropy`` (of the
+load, in bits, mean over layers) and ``loads``: a list for each MoE layer in order, with each expert's share of the
+layer's assignments in this step, rounded to 4 digits (they sum to 1 but for rounding; all 0 if the step had no tokens).
+An "eval" line has ``bits_per_byte`` of all text and ``domains`` with each domain's.
 """
 
 from __future__ import annotations

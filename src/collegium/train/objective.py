@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Objective"]
+__all__ = ["Objective", "chunks", "in_autocast_dtype"]
 
 CHUNK_BYTES = 2 << 20
 """Logits held at a time: what stays in a CPU's cache between the product, the softmax and the products back. Measured
@@ -36,13 +36,11 @@ class Objective:
 
     def mean_loss(self, inputs: dict[str, Tensor], divisor: float) -> Tensor:
         """Scalar: summed nats of the predicted tokens over `divisor`, differentiable."""
-        hidden, target = self._predict(inputs)
+        hidden, target = self.predict(inputs)
         if self.weight is None:
             return F.cross_entropy(hidden.float(), target, reduction="sum") / divisor
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):
-            hidden = hidden.to(torch.get_autocast_dtype(device))
-        with torch.autocast(device, enabled=False):
+        hidden = in_autocast_dtype(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
             loss: Tensor = _HeadLoss.apply(hidden, self.weight, target, 1.0 / divisor)
         return loss
 
@@ -50,18 +48,18 @@ class Objective:
     def nats(self, inputs: dict[str, Tensor]) -> Tensor:
         """``[B, S-1]`` float32 nats of each predicted token."""
         B, S = inputs["input_ids"].shape
-        hidden, target = self._predict(inputs)
+        hidden, target = self.predict(inputs)
         if self.weight is None:
             return F.cross_entropy(hidden.float(), target, reduction="none").view(B, S - 1)
         weight = self.weight.to(hidden.dtype)
         parts = [
             F.cross_entropy((hidden[rows] @ weight.T).float(), target[rows], reduction="none")
-            for rows in _chunks(hidden.shape[0], weight.shape[0])
+            for rows in chunks(hidden.shape[0], weight.shape[0])
         ]
         return torch.cat(parts).view(B, S - 1)
 
-    def _predict(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Hidden states ``[N, d]`` (or logits ``[N, V]``) and targets ``[N]``."""
+    def predict(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """``(hidden [N, d], target [N])``; logits ``[N, V]`` in the place of hidden states where `weight` is None."""
         target = inputs["input_ids"][:, 1:].reshape(-1)
         if self.weight is None:
             out = self.model(**inputs, use_cache=False).logits
@@ -88,7 +86,14 @@ def _plain_head(model: Any) -> nn.Parameter | None:
     return head.weight if plain else None
 
 
-def _chunks(rows: int, columns: int) -> Iterator[slice]:
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """`x` in the dtype that products on its device are taken in here."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of `rows` rows, of which `CHUNK_BYTES` hold a slice of ``[rows, columns]`` in float32."""
     size = max(1, CHUNK_BYTES // (4 * columns))
     return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
 
@@ -105,7 +110,7 @@ class _HeadLoss(torch.autograd.Function):
         operand = weight.detach().to(hidden.dtype)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        for rows in _chunks(hidden.shape[0], weight.shape[0]):
+        for rows in chunks(hidden.shape[0], weight.shape[0]):
             h, t = hidden.detach()[rows], target[rows, None]
             z = (h @ operand.T).float().log_softmax(-1)
             total -= z.gather(1, t).sum(dtype=torch.float64)

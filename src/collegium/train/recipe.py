@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from collegium.errors import ConfigError
 from collegium.models import MoEConfig
+from collegium.train.objectives import as_said
 
 __all__ = ["DataSpec", "ModelSpec", "OptimSpec", "Recipe", "RunSpec", "ScheduleSpec"]
 
@@ -164,14 +165,25 @@ MAY_CHANGE = {
 
 
 class Recipe(_Spec):
-    """One training run. ``moe: null`` (or no such section) trains the dense model itself."""
+    """One training run. ``moe: null`` (or no such section) trains the dense model itself.
+
+    Attributes:
+        objective: what a step minimises: a catalogued name, or one name with its settings, as
+            ``{consistency: {alpha: 1.0}}``.
+    """
 
     model: ModelSpec
     moe: MoEConfig | None = None
     data: DataSpec = DataSpec()
     optim: OptimSpec = OptimSpec()
+    objective: str | dict[str, Any] = "next_token"
     schedule: ScheduleSpec = ScheduleSpec()
     run: RunSpec
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _known(cls, said: Any) -> str | dict[str, Any]:
+        return as_said(said)
 
     @classmethod
     def load(cls, file: str | Path, overrides: Iterable[str] = ()) -> Recipe:

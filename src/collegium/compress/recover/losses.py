@@ -85,7 +85,7 @@ class Distiller(Objective):
             targets: of the N predicted tokens, sequence by sequence; None needs a share of 0.
             kd_share: l, between 0 and 1.
         """
-        hidden, target = self._predict(inputs)
+        hidden, target = self.predict(inputs)
         if self.weight is not None:
             loss, parts = _HeadLoss.apply(hidden, self.weight, target, targets, kd_share)
             return loss, parts
@@ -95,7 +95,7 @@ class Distiller(Objective):
     @torch.no_grad()
     def targets(self, inputs: dict[str, Tensor], count: int) -> Targets:
         """What the model itself predicts: its `count` likeliest tokens at each of the N places."""
-        hidden, _ = self._predict(inputs)
+        hidden, _ = self.predict(inputs)
         if self.weight is None:
             return Targets.of(hidden, count)
         weight = self.weight.to(hidden.dtype)

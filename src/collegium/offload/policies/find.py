@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from collegium.offload.named import find_named
+from collegium.named import find_named
 from collegium.offload.policies.base import PolicySettings
 
 __all__ = ["find_policy"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collegium.offload.named import find_named
+from collegium.named import find_named
 from collegium.offload.precision.base import PrecisionSettings
 
 __all__ = ["find_precision"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collegium.offload.named import find_named
+from collegium.named import find_named
 from collegium.offload.predictors.base import PredictorSettings
 
 __all__ = ["find_predictor"]

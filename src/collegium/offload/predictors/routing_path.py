@@ -22,8 +22,8 @@ from collegium._version import __version__
 from collegium.catalog import method
 from collegium.errors import CheckpointError, ConfigError
 from collegium.files import atomic_dir, read_record
+from collegium.named import settled
 from collegium.offload.geometry import Array, Geometry
-from collegium.offload.named import settled
 from collegium.offload.predictors.base import Gates, Moment, Prediction, Predictor
 from collegium.offload.predictors.path_encoder import PathEncoder, train_encoder
 from collegium.offload.predictors.rows import Fitted, Rows

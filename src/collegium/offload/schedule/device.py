@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from collegium.errors import ConfigError
+from collegium.named import parse_settings, settled
 from collegium.offload.cost import CostModel
-from collegium.offload.named import parse_settings, settled
 from collegium.offload.predictors.base import FEW
 from collegium.offload.schedule.hybrimoe import Hybrid
 

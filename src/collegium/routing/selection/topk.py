@@ -13,10 +13,16 @@ from collegium.routing.record import RoutingContext
 __all__ = ["TopK"]
 
 
-@method("topk", kind="selection", paper="Sparsely-Gated Mixture-of-Experts (2017)", arxiv="1701.06538")
+@method("top_k", kind="selection", paper="Sparsely-Gated Mixture-of-Experts (2017)", arxiv="1701.06538")
 @dataclass(frozen=True)
 class TopK(Selection):
-    """The `top_k` experts of highest selection score, best first."""
+    """The `top_k` experts of highest selection score, best first.
+
+    Attributes:
+        top_k: K, where a configuration names it here; None takes the layer's.
+    """
+
+    top_k: int | None = None
 
     def __call__(self, scores: Scores, top_k: int, context: RoutingContext) -> Tensor:
         return scores.selection.topk(top_k, dim=-1).indices

@@ -19,27 +19,28 @@ __all__ = ["GroupLimit"]
 @method("group_limit", kind="transform", paper="DeepSeek-V2 (2024)", arxiv="2405.04434")
 @dataclass(frozen=True)
 class GroupLimit(Transform):
-    """A token may choose only among the experts of its best `topk_group` of `n_group` groups.
+    """A token may choose only among the experts of its best `keep` of `groups` groups.
 
-    Groups are runs of E / n_group neighbouring experts, so that a token visits at most `topk_group` devices.
+    Groups are runs of E / groups neighbouring experts, so that a token visits at most `keep` devices.
     DeepSeek-V2 ("max", masked 0) limits devices this way; DeepSeek-V3 (arXiv 2412.19437; "top2_sum", masked -inf)
     scores a group by its two best experts, on biased scores.
 
     Attributes:
-        n_group: number of groups; must divide E.
-        topk_group: groups kept per token.
+        groups: how many there are (``n_group`` in transformers); must divide E.
+        keep: groups kept per token (``topk_group`` in transformers).
         group_score: "max" of a group's selection scores, or "top2_sum", the sum of its two largest.
         masked_value: selection score of the experts outside the kept groups. A finite value lets them compete again,
             which families that mask with 0 accept because a softmax is never below it.
     """
 
-    n_group: int
-    topk_group: int
+    symmetric = False
+    groups: int
+    keep: int
     group_score: Literal["max", "top2_sum"] = "top2_sum"
     masked_value: float = -math.inf
 
     def check(self, num_experts: int, top_k: int, parts: tuple[Part, ...]) -> None:
-        n_group, topk_group = self.n_group, self.topk_group
+        n_group, topk_group = self.groups, self.keep
         if n_group < 1 or num_experts % n_group:
             raise ConfigError(f"n_group is {n_group}, which does not divide {num_experts} experts into equal groups")
         if not 1 <= topk_group <= n_group:
@@ -59,12 +60,12 @@ class GroupLimit(Transform):
             )
 
     def __call__(self, scores: Scores, context: RoutingContext) -> Scores:
-        grouped = scores.selection.unflatten(-1, (self.n_group, -1))
+        grouped = scores.selection.unflatten(-1, (self.groups, -1))
         if self.group_score == "max":
             group_score = grouped.amax(-1)
         else:
             group_score = grouped.topk(2, dim=-1).values.sum(-1)
-        best = group_score.topk(self.topk_group, dim=-1).indices
+        best = group_score.topk(self.keep, dim=-1).indices
         masked = torch.ones_like(group_score, dtype=torch.bool).scatter(-1, best, False)
         limited = grouped.masked_fill(masked.unsqueeze(-1), self.masked_value)
         return replace(scores, selection=limited.flatten(-2))

@@ -12,7 +12,7 @@ from collegium.routing.record import RoutingContext
 __all__ = ["SelectionBias"]
 
 
-@method("selection_bias", kind="transform", paper="Auxiliary-Loss-Free Load Balancing (2024)", arxiv="2408.15664")
+@method("bias", kind="transform", paper="Auxiliary-Loss-Free Load Balancing (2024)", arxiv="2408.15664")
 @dataclass(frozen=True)
 class SelectionBias(Transform):
     """Adds the router's ``e_score_correction_bias [E]`` to the selection score.

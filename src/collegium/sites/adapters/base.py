@@ -58,6 +58,10 @@ class Adapter(ABC):
     def top_k(self, block: Any, gate: Any, config: Any) -> int:
         """K."""
 
+    def gates(self, block: Any, gate: nn.Module) -> tuple[nn.Module, ...]:
+        """All gates that decide in a forward of `block`, in order: several where its experts are run several times."""
+        return (gate,)
+
     def score(self, gate: Any) -> str | None:
         """What makes probabilities of the logits, where the gate itself says so."""
         return None

@@ -32,8 +32,11 @@ class Own(Adapter):
     def score(self, gate: Any) -> str | None:
         return type(gate.score).__name__.lower()
 
+    def gates(self, block: Any, gate: nn.Module) -> tuple[nn.Module, ...]:
+        return block.gates
+
     def prepare(self, site: Site, logits: bool) -> list[Handle]:
-        return [_KeepLogits(site.gate)] if logits else []
+        return [_KeepLogits(gate) for gate in site.gates] if logits else []
 
     def logits(self, gate_output: Any) -> Tensor:
         return gate_output.logits

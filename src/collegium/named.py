@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import pkgutil
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from collegium.catalog import get
+from collegium.catalog import get, methods
 from collegium.errors import ConfigError
 
-__all__ = ["find_named", "parse_settings", "settled"]
+__all__ = ["find_named", "nearest", "one_named", "parse_settings", "settled", "snake"]
 
 
 def find_named(kind: str, text: str, package: str | None = None) -> Any:
@@ -37,6 +39,46 @@ def find_named(kind: str, text: str, package: str | None = None) -> Any:
         raise ConfigError(f"{kind} {text!r}: {error}") from error
 
 
+def one_named(kind: str, said: Any, where: str) -> Any:
+    """The method of `kind` that plain data names: ``"name"``, ``{"name": {setting: value}}``, or ``{"name": value}`` of
+    its first setting.
+
+    Args:
+        where: begins messages, such as "router.select".
+
+    Raises:
+        ConfigError: it is none of these, or there is no such method or setting; the message names the nearest.
+    """
+    settings: Any = {}
+    if isinstance(said, str):
+        name = said
+    elif isinstance(said, Mapping) and len(said) == 1:
+        [(name, settings)] = said.items()
+    else:
+        raise ConfigError(f"{where}: write a name, or one name with its settings, not {said!r}")
+    known = [one.name for one in methods(kind)]
+    if name not in known:
+        raise ConfigError(f"{where}: no {kind} is named {name!r}; {nearest(str(name), known)}")
+    cls = get(kind, name)
+    names = [one.name for one in dataclasses.fields(cls)]
+    if settings is None:
+        settings = {}
+    if not isinstance(settings, Mapping):
+        if not names:
+            raise ConfigError(f"{where}: {name} has no settings, but is given {settings!r}")
+        settings = {names[0]: settings}
+    try:
+        return settled(cls, settings)
+    except ConfigError as error:
+        raise ConfigError(f"{where}.{name}: {error}") from error
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """For a message: what was meant, or all there is."""
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {found[0]!r}? There are " + ", ".join(known) if found else f"there are {', '.join(known)}"
+
+
 def parse_settings(text: str) -> dict[str, str]:
     """``"key=value,key=value"`` as a dict; raises ConfigError where it is not that, or a key comes twice."""
     settings: dict[str, str] = {}
@@ -56,10 +98,16 @@ def settled(cls: type[Any], settings: Mapping[str, Any]) -> Any:
     """
     known = [field.name for field in dataclasses.fields(cls)]
     if unknown := sorted(settings.keys() - set(known)):
-        raise ConfigError(f"there is no setting {unknown[0]!r}; there are {', '.join(known) or 'none'}")
+        hint = nearest(unknown[0], known) if known else "it has none"
+        raise ConfigError(f"there is no setting {unknown[0]!r}; {hint}")
     try:
         return TypeAdapter(cls).validate_python(dict(settings))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = "".join(f"setting {part!r}: " for part in first["loc"][:1])
         raise ConfigError(f"{field}{first['msg'].removeprefix('Value error, ')}") from error
+
+
+def snake(one: Any) -> str:
+    """The class name of an object in lower case with underscores: its catalogued name, as a rule."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(one).__name__).lower()

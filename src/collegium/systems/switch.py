@@ -1,0 +1,42 @@
+"""Switch Transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from collegium.catalog import method
+from collegium.errors import ConfigError
+from collegium.systems.base import Layer, System
+
+__all__ = ["Switch"]
+
+
+@method("switch", kind="system", paper="Switch Transformers (2021)", arxiv="2101.03961")
+@dataclass(frozen=True)
+class Switch(System):
+    """One expert a token, K times as wide and 1 / K as many as in the plain layer, with a limited number of places in
+    the order of the batch; who finds none passes by.
+
+    Attributes:
+        capacity_factor: places, as a multiple of an even share.
+        load_balancing: coefficient.
+    """
+
+    capacity_factor: float = 1.25
+    load_balancing: float = 0.01
+
+    def settings(self, layer: Layer) -> dict[str, Any]:
+        E, K = layer.num_experts, layer.num_experts_per_tok
+        if E % K:
+            raise ConfigError(f"switch: {E} experts cannot be joined by {K} to experts {K} times as wide")
+        return {
+            "num_experts": E // K,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": K * layer.moe_intermediate_size,
+            "router": {
+                "weigh": {"normalise": False},
+                "capacity": {"position": {"capacity_factor": self.capacity_factor}},
+            },
+            "balance": {"load_balancing": self.load_balancing},
+        }
