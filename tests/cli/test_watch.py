@@ -123,7 +123,7 @@ def test_a_real_run_in_the_background_until_it_ends(recipe: Path, tmp_path: Path
     out = tmp_path / "run"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     program = [sys.executable, "-m", "collegium"]
-    command = [*program, "train", str(recipe), "--out", str(out), "-s", "run.steps=30", "-s", "run.log_every=1"]
+    command = [*program, "train", str(recipe), "--out", str(out), "run.steps=30", "run.log_every=1"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as training:
         view = subprocess.run(
             [*program, "watch", str(out), "--wait", "--interval", "0.2"],

@@ -21,7 +21,7 @@ def plan(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> Path:
 
 def test_train_with_overrides_and_json(plan: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    arguments = ["train", str(plan), "--out", str(out), "--set", "run.steps=3", "-s", "optim.lr=1e-4", "--json"]
+    arguments = ["train", str(plan), "--out", str(out), "run.steps=3", "optim.lr=1e-4", "--json"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     summary = json.loads(result.stdout)
@@ -41,9 +41,7 @@ def test_the_twin_is_dense_and_the_table_names_every_domain(plan: Path, tmp_path
 
 def test_a_bad_override_is_a_setting_error(plan: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"plan\.yaml: optim\.lr"):
-        CliRunner().invoke(
-            app, ["train", str(plan), "-o", str(tmp_path / "x"), "-s", "optim.lr=no"], catch_exceptions=False
-        )
+        CliRunner().invoke(app, ["train", str(plan), "-o", str(tmp_path / "x"), "optim.lr=no"], catch_exceptions=False)
     assert not (tmp_path / "x").exists()
 
 

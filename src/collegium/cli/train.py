@@ -13,10 +13,10 @@ __all__ = ["run"]
 
 def run(
     recipe: Annotated[Path, typer.Argument(help="Recipe in YAML; see the recipes folder.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")],
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", "-s", help="Override a field, e.g. --set optim.lr=1e-3; repeatable.")
+        list[str] | None, typer.Argument(help="Fields to change, such as optim.lr=1e-3 or moe.router=ssr.")
     ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; runs/RECIPE unless said.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Go on from the latest checkpoint, or remove it and start over.")
     ] = True,
@@ -31,7 +31,7 @@ def run(
     after an interruption. Ctrl-C finishes the step and writes a checkpoint first (exit status 130); a second one stops
     at once.
 
-        collegium train recipes/tiny.yaml --out runs/tiny
+        collegium train recipes/tiny.yaml moe.num_experts=32 --out runs/tiny
 
         torchrun --nproc-per-node 2 -m collegium train recipes/tiny.yaml --out runs/tiny
     """
@@ -39,6 +39,7 @@ def run(
 
     from collegium.train import Recipe, dense_twin, train
 
+    out = Path("runs") / recipe.stem if out is None else out
     plan = Recipe.load(recipe, overrides or [])
     summary = train(dense_twin(plan) if twin else plan, out, resume=resume)
     if os.environ.get("RANK", "0") == "0":
