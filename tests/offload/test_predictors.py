@@ -152,7 +152,7 @@ def test_what_is_missing_is_said(trace: Trace, tmp_path: Path) -> None:
         TokenId().build(Geometry((6, 8), (2, 2), (1, 2)), trace=trace)
     with pytest.raises(ConfigError, match=r"no predictor is named 'oracle'.*gate_reuse"):
         find_predictor("oracle")
-    with pytest.raises(ConfigError, match="no setting 'deep'; there are depth"):
+    with pytest.raises(ConfigError, match="no setting 'deep'; did you mean 'depth'"):
         find_predictor("gate_reuse:deep=2")
     with pytest.raises(ConfigError, match="depth must be at least 1"):
         find_predictor("gate_reuse:depth=0")
