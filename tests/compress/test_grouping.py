@@ -187,7 +187,7 @@ def test_settings_come_from_plain_values_and_wrong_ones_are_named() -> None:
         ConfigError, match=r"no grouping is named 'all'; there are mc_smoe, partial_preservation, random"
     ):
         find_grouping("all", {})
-    with pytest.raises(ConfigError, match=r"grouping 'mc_smoe' has no setting 'seed'; it has shares"):
+    with pytest.raises(ConfigError, match=r"grouping 'mc_smoe': there is no setting 'seed'; there are shares"):
         find_grouping("mc_smoe", {"seed": 1})
     with pytest.raises(ConfigError, match=r"grouping 'mc_smoe': setting 'shares': .*'frequency'"):
         find_grouping("mc_smoe", {"shares": "size"})

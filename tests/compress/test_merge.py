@@ -168,7 +168,10 @@ def test_settings_come_from_plain_values_and_wrong_ones_are_named() -> None:
     assert find_merge("dern", {"threshold": 1}) == Dern(threshold=1.0)
     with pytest.raises(ConfigError, match=r"no merge is named 'blend'; there are average, dern, mc_smoe, sub_moe"):
         find_merge("blend", {})
-    with pytest.raises(ConfigError, match=r"merge 'sub_moe' has no setting 'ranks'; it has rank, align, whiten"):
+    with pytest.raises(
+        ConfigError,
+        match=r"merge 'sub_moe': there is no setting 'ranks'; did you mean 'rank'\? There are rank, align, whiten",
+    ):
         find_merge("sub_moe", {"ranks": 3})
     with pytest.raises(ConfigError, match=r"merge 'sub_moe': rank is a share of the singular values.*not 2"):
         find_merge("sub_moe", {"rank": 2})

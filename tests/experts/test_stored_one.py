@@ -88,6 +88,7 @@ def test_what_is_wrong_is_refused() -> None:
     for bad in (
         (x.double(), groups, weight),
         (x[:, :64], groups, weight),
+        (torch.cat([x, x]), groups, weight),
         (x, groups, weight.double()),
         (x, [(groups[0][0], 1, 3)], weight),
         (x, [(groups[0][0][:-1], 0, 1)], weight),

@@ -105,6 +105,15 @@ def test_attention_that_cannot_give_it_is_refused_and_leaves_the_model_alone() -
     assert model.model.layers[0].mlp is before
 
 
+def test_experts_that_choose_cannot_decode() -> None:
+    model = installed("expert_choice")
+    ids = tiny_inputs(model, batch=1, length=6)["input_ids"]
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=ids, use_cache=False).logits).all()
+        with pytest.raises(ConfigError, match="ExpertChoice lets a token's routing depend on later tokens"):
+            model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+
+
 EMO = {"emo": {"smallest": 2, "largest": 4}}
 
 

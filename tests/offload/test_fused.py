@@ -67,7 +67,7 @@ def test_a_token_is_that_of_the_familys_own_layer(
     with load_offloaded(folder, context=64, dense_bits=dense_bits) as found:
         layers = [module for module in found.model.modules() if isinstance(module, _FusedLayer)]
         ours = [steps(found.model, make(found.model.config)) for make in (kv_cache, _dynamic)]
-    monkeypatch.setattr(offload_model, "fuse_layers", lambda model, layers: None)
+    monkeypatch.setattr(offload_model, "fuse_layers", lambda model, layers: 0)
     with load_offloaded(folder, context=64, dense_bits=dense_bits) as found:
         theirs = [steps(found.model, make(found.model.config)) for make in (kv_cache, _dynamic)]
     if family in USUAL:
@@ -102,7 +102,7 @@ def test_generate_writes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ids = torch.randint(3, 60, (1, 20), generator=torch.Generator().manual_seed(3))
     with load_offloaded(folder, context=64) as found:
         ours = continued(found.model, ids)
-    monkeypatch.setattr(offload_model, "fuse_layers", lambda model, layers: None)
+    monkeypatch.setattr(offload_model, "fuse_layers", lambda model, layers: 0)
     monkeypatch.setattr(offload_model, "fuse_routers", lambda found: None)
     with load_offloaded(folder, context=64) as found:
         assert continued(found.model, ids) == ours

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -97,6 +98,16 @@ def test_a_system_becomes_parts_that_are_saved_as_they_are() -> None:
 def test_configs_that_cannot_be(more: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         MoEConfig.model_validate({**PLAIN, **more})
+
+
+def test_what_a_system_undoes_is_named() -> None:
+    said = {**PLAIN, "balance": {"load_balancing": 0.05}}
+    with pytest.warns(UserWarning, match="router 'switch' says balance itself"):
+        config = MoEConfig.model_validate({**said, "router": "switch"})
+    assert config.balance.load_balancing == 0.01
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MoEConfig.model_validate({**PLAIN, "router": "switch"})
 
 
 def test_systems_keep_the_computation_of_the_plain_layer() -> None:

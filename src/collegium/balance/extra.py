@@ -18,6 +18,7 @@ from collegium.balance.losses import load_balancing_loss
 from collegium.balance.stats import LoadStats
 from collegium.catalog import method
 from collegium.errors import ConfigError
+from collegium.named import snake
 from collegium.rng import generator
 from collegium.routing.record import Routing
 
@@ -25,7 +26,17 @@ __all__ = ["ClassBalance", "DeviceBalance", "ExpertRouterCoupling", "RoutingEntr
 
 
 @dataclass(frozen=True)
-class RoutingLoss(ABC):
+class _Loss:
+    coefficient: float = 0.01
+
+    def check(self, num_experts: int) -> None:
+        """Refuse settings that do not fit so many experts. Raises ConfigError."""
+        if not self.coefficient >= 0:
+            raise ConfigError(f"{snake(self)}: coefficient must be at least 0, not {self.coefficient}")
+
+
+@dataclass(frozen=True)
+class RoutingLoss(_Loss, ABC):
     """A loss on the routing of one layer.
 
     Attributes:
@@ -36,12 +47,6 @@ class RoutingLoss(ABC):
 
     needs_logits: ClassVar[bool] = False
     is_balance: ClassVar[bool] = False
-    coefficient: float = 0.01
-
-    def check(self, num_experts: int) -> None:
-        """Refuse settings that do not fit so many experts. Raises ConfigError."""
-        if not self.coefficient >= 0:
-            raise ConfigError(f"{type(self).__name__}: coefficient must be at least 0, not {self.coefficient}")
 
     @abstractmethod
     def __call__(self, routing: Routing, stats: LoadStats | None) -> Tensor:
@@ -54,19 +59,12 @@ class RoutingLoss(ABC):
 
 
 @dataclass(frozen=True)
-class WeightLoss(ABC):
+class WeightLoss(_Loss, ABC):
     """A loss on the weights of one layer.
 
     Attributes:
         coefficient: it is multiplied by.
     """
-
-    coefficient: float = 1.0
-
-    def check(self, num_experts: int) -> None:
-        """Refuse settings that do not fit so many experts. Raises ConfigError."""
-        if not self.coefficient >= 0:
-            raise ConfigError(f"{type(self).__name__}: coefficient must be at least 0, not {self.coefficient}")
 
     @abstractmethod
     def __call__(self, router: nn.Module, experts: Any, key: tuple[int | str, ...]) -> Tensor:
@@ -77,6 +75,10 @@ class WeightLoss(ABC):
             experts: with `weights`, see `ExpertWeights`.
             key: for random choices, so that recomputation and all processes draw the same.
         """
+
+
+def _balance(routing: Routing, stats: LoadStats | None, **more: Any) -> Tensor:
+    return load_balancing_loss(routing, scope="micro_batch" if stats is None else "global", stats=stats, **more)
 
 
 @method("routing_entropy", kind="routing_loss", paper="Harder Tasks Need More Experts (2024)", arxiv="2403.07652")
@@ -117,8 +119,7 @@ class DeviceBalance(RoutingLoss):
     def __call__(self, routing: Routing, stats: LoadStats | None) -> Tensor:
         E = routing.num_experts
         merge = torch.arange(E, device=routing.expert.device) // (E // self.groups)
-        scope: Any = "micro_batch" if stats is None else "global"
-        return load_balancing_loss(routing, scope=scope, stats=stats, merge=merge)
+        return _balance(routing, stats, merge=merge)
 
 
 @method("class_balance", kind="routing_loss", paper="MoE++ (2024)", arxiv="2410.07348")
@@ -146,8 +147,7 @@ class ClassBalance(RoutingLoss):
         expert = torch.arange(E, device=routing.expert.device)
         weight = torch.where(expert < F, 1.0, self.tau)
         merge = expert.clamp(max=F) if self.merge else None
-        scope: Any = "micro_batch" if stats is None else "global"
-        return load_balancing_loss(routing, scope=scope, stats=stats, class_weight=weight, merge=merge)
+        return _balance(routing, stats, class_weight=weight, merge=merge)
 
 
 @method("expert_router_coupling", kind="weight_loss", paper="Expert-Router Coupling (2025)", arxiv="2512.23447")
@@ -164,6 +164,7 @@ class ExpertRouterCoupling(WeightLoss):
         alpha: the smaller, the more an expert must prefer its own row; above 1 it fades out.
     """
 
+    coefficient: float = 1.0
     alpha: float = 1.0
 
     def check(self, num_experts: int) -> None:

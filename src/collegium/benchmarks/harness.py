@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,21 +78,7 @@ class Row:
 
     def record(self) -> dict[str, Any]:
         """The row as plain data."""
-        fields = (
-            "name",
-            "ours",
-            "peer",
-            "peer_name",
-            "ratio",
-            "goal",
-            "met",
-            "limit",
-            "share",
-            "most",
-            "unit",
-            "within",
-        )
-        found = {name: getattr(self, name) for name in fields}
+        found = {**asdict(self), "ratio": self.ratio, "met": self.met}
         return found | ({"ours": None, "ratio": None} if math.isnan(self.ours) else {})
 
 

@@ -9,7 +9,6 @@ Legend: G key-value heads, n query heads of each, S keys, D their width, V the w
 from __future__ import annotations
 
 import functools
-import struct
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from collegium.experts.compute import cpu_kernels, stored_kernels, stored_one, stored_vectors
 from collegium.experts.compute.cpu_kernels import _int, _load, _next, _offset, _pointer, _splat, _store, _sum_tile
-from collegium.experts.compute.cpu_pool import launch
+from collegium.experts.compute.cpu_pool import float_bits, launch
 from collegium.experts.compute.jit import LANES, cgutils, intrinsic, ir, missing, njit, types
 from collegium.experts.compute.stored_kernels import _few, _widen
 from collegium.experts.compute.stored_one import _address, _arrive
@@ -35,7 +34,7 @@ from collegium.experts.compute.stored_vectors import (
     spread,
 )
 
-__all__ = ["attend", "attend_heads", "fits", "numbers_of", "scale_bits", "scratch_scores", "softmax"]
+__all__ = ["attend", "attend_heads", "fits", "numbers_of", "scratch_scores", "softmax"]
 
 _WIDEST = 1024
 _ROW_BYTES = 4 * _WIDEST
@@ -151,13 +150,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     H, V = query.shape[1], value.shape[-1]
     out = torch.empty(1, 1, H, V, dtype=torch.bfloat16)
     scores = scratch_scores(key)
-    launch(_kernel(), *numbers_of(query.reshape(H, -1), key, value, scale_bits(scale), scores, out))
+    launch(_kernel(), *numbers_of(query.reshape(H, -1), key, value, float_bits(scale), scores, out))
     return out
-
-
-def scale_bits(scale: float) -> int:
-    """The bits of a scale, as the kernel takes it."""
-    return int(struct.unpack("<i", struct.pack("<f", scale))[0])
 
 
 def scratch_scores(key: Tensor) -> Tensor:
@@ -170,7 +164,8 @@ def numbers_of(rows: Tensor, key: Tensor, value: Tensor, scale: int, scores: Ten
 
     Args:
         rows: ``[G * n, D]`` queries.
-        scale, scores: of `scale_bits` and `scratch_scores`.
+        scale: bits of it, see `float_bits`.
+        scores: of `scratch_scores`.
     """
     _, G, S, D = key.shape
     k_head, k_row, v_head, v_row = (2 * stride for tensor in (key, value) for stride in tensor.stride()[1:3])

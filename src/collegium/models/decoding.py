@@ -17,8 +17,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from collegium.errors import ConfigError, UnsupportedFamilyError
 from collegium.layer import MoE
+from collegium.routing import check_parts
 
-__all__ = ["give_memory", "give_mixing"]
+__all__ = ["give_memory", "give_mixing", "refuse_decoding"]
 
 NAME = "collegium_mixing"
 """Of the attention implementation that lets routers average by it, before the name of what it wraps."""
@@ -51,6 +52,18 @@ def give_memory(model: PreTrainedModel, layers: list[MoE]) -> None:
     decoder = model.get_decoder()
     decoder.register_forward_pre_hook(begin, with_kwargs=True)
     decoder.register_forward_hook(end, with_kwargs=True)
+
+
+def refuse_decoding(model: PreTrainedModel, layers: list[MoE]) -> None:
+    """Let the model refuse to go on from a key-value cache where a router needs the tokens that are not there yet.
+    Whole sequences can still be evaluated."""
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            check_parts([part for layer in layers for part in layer.gate.parts], causal_decoding=True)
+
+    model.get_decoder().register_forward_pre_hook(begin, with_kwargs=True)
 
 
 # ---- averages by attention -------------------------------------------------------------------------------------------

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from collegium.experts.compute import stored_int8
-from collegium.experts.compute.cpu_pool import launch
-from collegium.experts.compute.jit import LANES
-from collegium.experts.compute.stored_kernels import BLOCK
-from collegium.models.attention_kernel import fits, numbers_of, scale_bits, scratch_scores
+from collegium.experts.compute.cpu_pool import float_bits, launch
+from collegium.experts.compute.jit import LANES, missing
+from collegium.experts.compute.stored_kernels import BLOCK, ITEM_ROWS
+from collegium.models.attention_kernel import fits, numbers_of, scratch_scores
 from collegium.offload.fused_kernels import MOST_EXPERTS, WIDEST, address
 from collegium.offload.linear import RoundedLinear, StreamedLinear
 from collegium.offload.norm import FusedNorm
@@ -30,22 +30,27 @@ from collegium.sites import Site
 
 __all__ = ["fuse_layers", "fuse_routers"]
 
-_ITEM_ROWS = 192
 _PROBES, _PROBE_TOKENS = 2, 27
 _ALIKE = 0.03
 """Most that what a layer adds to the residual stream may differ between its own forward and ours, as a share of its
 norm: they round differently."""
 
 
-def fuse_layers(model: Any, layers: Any) -> None:
-    """Let every decoder layer that is of the usual kind take one token in two launches. CPU, bfloat16, inference only;
-    its norms and linear maps were taken care of before. The experts compute zeros, or anything that stays the same."""
+def fuse_layers(model: Any, layers: Any) -> int:
+    """Let every decoder layer that is of the usual kind take one token in two launches; how many those are. CPU,
+    bfloat16, inference only; its norms and linear maps were taken care of before. The experts compute zeros, or
+    anything that stays the same."""
+    # the products of 8-bit matrices are compiled into the same kernels as those of others
     if stored_int8.why_not() is not None:
-        return
+        return 0
+    rotary = next((one for one in model.modules() if type(one).__name__.endswith("RotaryEmbedding")), None)
+    fused = 0
     for number, layer in enumerate(layers):
-        if _usual(layer) and _computes_that(model, layer, number):
+        if rotary is not None and _usual(layer) and _computes_that(model, rotary, layer, number):
             kind: Any = type(layer)
             layer.__class__ = _fused_layer(kind)
+            fused += 1
+    return fused
 
 
 # ---- a layer ---------------------------------------------------------------------------------------------------------
@@ -92,7 +97,7 @@ class _Parts:
             for one in norms
             for number in ((0, 0, 0) if one is None else (one.weight.data_ptr(), one.weight.numel(), one.eps_bits))
         ]
-        self.scale = scale_bits(float(attention.scaling))
+        self.scale = float_bits(float(attention.scaling))
         self.index = int(attention.layer_idx)
         suffix = "8" if self.eight else "16"
         self.before, self.after = address(f"before_{suffix}"), address(f"after_{suffix}")
@@ -100,7 +105,7 @@ class _Parts:
 
 def _matrix(one: Any) -> tuple[Callable[[int], tuple[int, ...]], int]:
     """The numbers of a map without and with its result's address, and how many items it has."""
-    p, items = one.out_features, max(1, one.out_features // _ITEM_ROWS)
+    p, items = one.out_features, max(1, one.out_features // ITEM_ROWS)
     weights = one.codes.data_ptr() if isinstance(one, RoundedLinear) else one.weight.data_ptr()
     scales = one.scale.data_ptr() if isinstance(one, RoundedLinear) else 0
     bias = 0 if one.bias is None else one.bias.data_ptr()
@@ -164,7 +169,7 @@ def _takes(one: Any, D: int) -> bool:
 
 
 @torch.inference_mode()
-def _computes_that(model: Any, layer: Any, number: int) -> bool:
+def _computes_that(model: Any, rotary: Any, layer: Any, number: int) -> bool:
     """Whether a layer adds to the residual stream, and tells its MLP, what our forward does."""
     d = layer.input_layernorm.weight.numel()
     kind: Any = type(layer)
@@ -181,7 +186,7 @@ def _computes_that(model: Any, layer: Any, number: int) -> bool:
         for _ in range(_PROBES):
             tokens = torch.randn(1, _PROBE_TOKENS, d, generator=generator).bfloat16()
             told.clear()
-            outputs = [_last(model, layer, one, tokens) for one in (kind, _fused_layer(kind))]
+            outputs = [_last(model, rotary, layer, one, tokens) for one in (kind, _fused_layer(kind))]
             if not all(isinstance(one, Tensor) for one in outputs) or len(told) != 4:
                 return False
             own, ours = (one.float() - tokens[:, -1:].float() for one in outputs)
@@ -199,10 +204,9 @@ def _apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / one.norm())
 
 
-def _last(model: Any, layer: Any, kind: Any, tokens: Tensor) -> Any:
+def _last(model: Any, rotary: Any, layer: Any, kind: Any, tokens: Tensor) -> Any:
     """What a layer of class `kind` gives for the last token after the others."""
     own, cache = type(layer), DynamicCache(config=model.config)
-    rotary = next(module for module in model.modules() if module.__class__.__name__.endswith("RotaryEmbedding"))
     n = tokens.shape[1]
     index = int(layer.self_attn.layer_idx)
     layer.__class__ = kind
@@ -229,7 +233,7 @@ def _last(model: Any, layer: Any, kind: Any, tokens: Tensor) -> Any:
 
 def fuse_routers(found: list[Site]) -> None:
     """Let every router that is a softmax over one map, and its K largest, take one token in one launch. Inference."""
-    if stored_int8.why_not() is not None:
+    if missing is not None or LANES == 4:
         return
     for site in found:
         gate: Any = site.gate

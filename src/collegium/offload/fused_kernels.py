@@ -22,9 +22,9 @@ from collegium.experts.compute import (
 )
 from collegium.experts.compute.cpu_kernels import _int, _load, _next, _offset, _pointer, _store
 from collegium.experts.compute.jit import LANES, carray, cgutils, intrinsic, njit, types
-from collegium.experts.compute.stored_int8 import _rows
+from collegium.experts.compute.stored_int8 import _rows, round_row
 from collegium.experts.compute.stored_kernels import BLOCK, _few, _widen
-from collegium.experts.compute.stored_one import _address, _arrive, _round, _wait
+from collegium.experts.compute.stored_one import _address, _arrive, _wait
 from collegium.experts.compute.stored_vectors import I64, compiled, narrow, scratch
 from collegium.models import attention_kernel
 from collegium.models.attention_kernel import attend_heads, softmax
@@ -81,7 +81,7 @@ def _prepare(eight: Any, x: Any, q: Any, wide: Any, rounded: Any, rows: Any) -> 
     """A bfloat16 row as the products take it; its address goes to the list at `rows`."""
     _widen(np.uint16(0), x, x, 0, q, wide)
     if eight:
-        _round(np.int8(0), 8, wide, q, rounded)
+        round_row(np.int8(0), 8, wide, q, rounded)
         _pointer(rows, np.int64(0))[0] = rounded
     else:
         _pointer(rows, np.int64(0))[0] = wide

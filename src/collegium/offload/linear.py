@@ -22,12 +22,11 @@ from collegium.experts.compute.cpu_kernels import MIN_WIDTH, address
 from collegium.experts.compute.cpu_pool import launch
 from collegium.experts.compute.cpu_products import LIMITS
 from collegium.experts.compute.stored import Precision, stored_linear, takes_one
+from collegium.experts.compute.stored_kernels import ITEM_ROWS
 from collegium.experts.compute.stored_one import linear_one
 from collegium.experts.stored import quantise
 
 __all__ = ["RoundedLinear", "StreamedLinear", "hold_in_8_bits", "stream_linears"]
-
-_ITEM_ROWS = 192  # of a matrix, that a thread takes at a time
 
 
 class StreamedLinear(nn.Linear):
@@ -38,7 +37,7 @@ class StreamedLinear(nn.Linear):
         count, p, q = len(rows), self.out_features, self.in_features
         out = torch.empty(count, p)
         if count <= LIMITS["dot", torch.bfloat16]:
-            splits = max(1, p // _ITEM_ROWS)
+            splits = max(1, p // ITEM_ROWS)
             numbers = (splits, splits, p, q, self.weight.data_ptr(), rows.data_ptr(), out.data_ptr(), 0, 0, count)
             launch(_kernel(), *numbers)
         else:  # a widened copy of each matrix would double the model, so none is kept

@@ -26,7 +26,7 @@ from collegium.sites import Site
 
 __all__ = ["Needs", "measure", "trim"]
 
-_KEYS = 16
+_KEYS = 16  # enough for attention's kernel
 
 
 @dataclass(frozen=True)

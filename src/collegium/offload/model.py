@@ -200,7 +200,8 @@ def _load(source: ExpertSource, settings: Settings, context: int | None, say: Ca
     layerwise = LayerwiseModel(source.checkpoint)
     rows = None if settings.memory is None else stored_embedding(layerwise)
     _refuse_hopeless(layerwise, source, settings, rows)
-    say("reading the weights besides the experts")
+    kept = "" if rows is None else ", but for token embeddings, whose rows are read as they are needed"
+    say(f"reading the weights besides the experts{kept}")
     model, found = _build(layerwise, source, rows)
     if settings.dense_bits is not None:
         _round_dense(model, found, settings)
@@ -208,21 +209,22 @@ def _load(source: ExpertSource, settings: Settings, context: int | None, say: Ca
         stream_linears(model)
         use_lean_attention(model)
         fuse_norms(model)
-        fuse_layers(model, layerwise.layers)
+        count = fuse_layers(model, layerwise.layers)
+        say(f"{count} of {len(layerwise.layers)} decoder layers take a token in two launches")
         fuse_routers(found)
     trim()
     context = _context(model, context)
     chunk = min(settings.chunk, context)
     say("measuring what a pass takes")
     weights = sum(tensor.nbytes for tensor in _unique(model))
-    kept = -(-context // _CACHE_BLOCK) * _CACHE_BLOCK  # a cache grows by blocks
+    room = -(-context // _CACHE_BLOCK) * _CACHE_BLOCK  # a cache grows by blocks
     needs = measure(model, found, source, precision, settings.kind, chunk)
-    growing = needs.cache_token * kept / len(layerwise.layers)  # while it grows, one of its layers is there twice
+    growing = needs.cache_token * room / len(layerwise.layers)  # while it grows, one of its layers is there twice
     budget = share_slots(
         settings.memory,
         process=max(needs.resident - weights, 0),
         weights=weights,
-        cache=int(settings.sequences * (needs.cache_start + needs.cache_token * kept) + growing),
+        cache=int(settings.sequences * (needs.cache_start + needs.cache_token * room) + growing),
         working=needs.working + settings.readers * source.scratch_nbytes,
         slot={bits: SlotPool.slot_bytes(_sizes(source, bits)) for bits in precision.used_bits},
         most=geometry.total if settings.experts is None else min(settings.experts, geometry.total),

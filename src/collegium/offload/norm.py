@@ -6,7 +6,6 @@ Legend: n rows of width d.
 from __future__ import annotations
 
 import functools
-import struct
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from collegium.experts.compute import cpu_kernels, stored_vectors
 from collegium.experts.compute.cpu_kernels import _add_product, _int, _load, _next, _offset, _splat, _store
-from collegium.experts.compute.cpu_pool import run_here
+from collegium.experts.compute.cpu_pool import float_bits, run_here
 from collegium.experts.compute.jit import LANES, cgutils, intrinsic, ir, missing, types
 from collegium.experts.compute.stored_vectors import F32, I32, I64, VECTOR, call, compiled, lane_sum, spread
 
@@ -115,7 +114,7 @@ def _eps_bits(module: Any) -> int | None:
     alone = len([*module.parameters()]) == 1 and not [*module.children()]
     if not alone or weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or weight.numel() % LANES:
         return None
-    return int(struct.unpack("<i", struct.pack("<f", eps))[0])
+    return float_bits(eps)
 
 
 def _alike(module: Any, eps: int) -> bool:

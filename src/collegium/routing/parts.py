@@ -211,7 +211,8 @@ def check_parts(parts: Iterable[Part], *, inference: bool = False, causal_decodi
         name = type(part).__name__
         if inference and part.train_only:
             wrong.append(f"{name} acts in training only and has no meaning at inference")
-        if causal_decoding and not part.causal:
+        # what a prompt has decided, and is remembered, needs no later tokens any more
+        if causal_decoding and not part.causal and not part.remembers:
             wrong.append(f"{name} lets a token's routing depend on later tokens, which causal decoding has not seen")
     if wrong:
         raise ConfigError("; ".join(wrong) + "; configure the router without")

@@ -5,6 +5,7 @@ Legend: E experts of a plain layer, K of them active for a token, f their width.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,21 @@ class Layer:
     num_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
+
+    def joined(self, system: str) -> dict[str, Any]:
+        """The fields of a layer of one expert a token, K times as wide and 1 / K as many.
+
+        Raises:
+            ConfigError: K does not divide E; `system` asks.
+        """
+        E, K = self.num_experts, self.num_experts_per_tok
+        if E % K:
+            raise ConfigError(f"{system}: {E} experts cannot be joined by {K} to experts {K} times as wide")
+        return {
+            "num_experts": E // K,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": K * self.moe_intermediate_size,
+        }
 
 
 @dataclass(frozen=True)
@@ -65,4 +81,11 @@ def expand(moe: Mapping[str, Any]) -> dict[str, Any]:
     if missing := [one for one in names if not isinstance(moe.get(one), int)]:
         raise ConfigError(f"router {name!r} starts from a plain layer; say its {', '.join(missing)}")
     found = system.settings(Layer(*(moe[one] for one in names)))
+    # a plain layer's sizes are what a system starts from; whatever else was said it would silently undo
+    if undone := [one for one in found if one in moe and one not in (*names, "router") and moe[one] != found[one]]:
+        warnings.warn(
+            f"router {name!r} says {', '.join(undone)} itself, in place of what is there; settings of the system go "
+            f"with it, as router: {{{name}: {{setting: value}}}}",
+            stacklevel=2,
+        )
     return {**moe, "router": {}, **found}

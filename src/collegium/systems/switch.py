@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from collegium.catalog import method
-from collegium.errors import ConfigError
 from collegium.systems.base import Layer, System
 
 __all__ = ["Switch"]
@@ -27,13 +26,8 @@ class Switch(System):
     load_balancing: float = 0.01
 
     def settings(self, layer: Layer) -> dict[str, Any]:
-        E, K = layer.num_experts, layer.num_experts_per_tok
-        if E % K:
-            raise ConfigError(f"switch: {E} experts cannot be joined by {K} to experts {K} times as wide")
         return {
-            "num_experts": E // K,
-            "num_experts_per_tok": 1,
-            "moe_intermediate_size": K * layer.moe_intermediate_size,
+            **layer.joined("switch"),
             "router": {
                 "weigh": {"normalise": False},
                 "capacity": {"position": {"capacity_factor": self.capacity_factor}},

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from collegium.catalog import method
-from collegium.errors import ConfigError
 from collegium.systems.base import Layer, System
 
 __all__ = ["THOR"]
@@ -23,13 +22,8 @@ class THOR(System):
     """
 
     def settings(self, layer: Layer) -> dict[str, Any]:
-        E, K = layer.num_experts, layer.num_experts_per_tok
-        if E % K:
-            raise ConfigError(f"thor: {E} experts cannot be joined by {K} to experts {K} times as wide")
         return {
-            "num_experts": E // K,
-            "num_experts_per_tok": 1,
-            "moe_intermediate_size": K * layer.moe_intermediate_size,
+            **layer.joined("thor"),
             "router": {"select": "random_expert", "weigh": "even"},
             "balance": {"load_balancing": 0.0},
         }

@@ -27,14 +27,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors.numpy import save
 from torch import Tensor
 
 from collegium.compress.recover.losses import Distiller, Targets
 from collegium.data import Packed
 from collegium.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from collegium.files import atomic_file
+from collegium.files import atomic_file, read_record
 from collegium.layer import use_context
 from collegium.models.checkpoint import read_header
 from collegium.train.batches import model_inputs, routing_context
@@ -250,15 +250,7 @@ def _numpy(tensor: Tensor, dtype: Any) -> Array:
 
 
 def _check_same(folder: Path, about: About) -> None:
-    path = folder / _META
-    try:
-        stored = About.model_validate_json(path.read_bytes()[: 1 << 20])
-    except OSError as error:
-        raise DataError(f"could not read {path}: {error.strerror}") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"])) or "store"
-        raise DataError(f"{path}: field {field!r}: {first['msg']}") from error
+    stored = read_record(folder / _META, About, what="teacher's record", limit=1 << 20, error=DataError)
     # a folder that has moved is the same teacher
     mine, theirs = (one.model_dump(exclude={"teacher"}) for one in (about, stored))
     different = [f"{name} {theirs[name]!r}, not {mine[name]!r}" for name in mine if mine[name] != theirs[name]]

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-__all__ = ["launch", "run_here"]
+__all__ = ["float_bits", "launch", "run_here"]
 
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -67,3 +68,8 @@ def run_here(kernel: int, *parameters: int) -> None:
     """Run a kernel on the calling thread alone: for work that is over before another thread would have begun."""
     data = (ctypes.c_int64 * (len(parameters) + 1))(0, *parameters)
     _KERNEL(kernel)(ctypes.addressof(data))
+
+
+def float_bits(value: float) -> int:
+    """The bits of a number as float32, which is how a kernel's int64 parameters hold it."""
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])

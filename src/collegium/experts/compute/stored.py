@@ -41,7 +41,7 @@ from collegium.errors import ConfigError
 from collegium.experts.compute import stored_int8, stored_kernels, stored_one
 from collegium.experts.compute.cpu_pool import launch
 from collegium.experts.compute.jit import LANES, missing
-from collegium.experts.compute.stored_kernels import ACTIVATIONS, BLOCK, CHUNK
+from collegium.experts.compute.stored_kernels import ACTIVATIONS, BLOCK, CHUNK, ITEM_ROWS
 from collegium.experts.stored import ExpertLayout, dequantise
 
 __all__ = ["Group", "Precision", "StoredExperts", "stored_linear", "takes_one"]
@@ -52,7 +52,6 @@ Precision = Literal["float32", "int8"]
 SPAN_ROWS = 8 * CHUNK
 """Rows whose intermediate results are in memory at the same time; a multiple of `CHUNK`, so cutting changes nothing."""
 
-_ITEM_ROWS = 192
 _SERIAL_NUMBERS = 32768  # torch computes fewer on one thread, so that the cut between threads cannot change a result
 
 
@@ -148,7 +147,9 @@ class StoredExperts:
         Raises:
             ConfigError: a tensor has another shape, dtype or stride, or a group has rows that `out` has not.
         """
-        self._check(x, token, groups, out)
+        if token.dtype != torch.int64 or not token.is_contiguous():
+            raise ConfigError(f"token must be contiguous int64, not {token.dtype}")
+        self._check(x, token.numel(), groups, out)
         if not groups:
             return
         if self.products == "reference":
@@ -187,9 +188,9 @@ class StoredExperts:
         """
         n, d = weight.numel(), self.layout.d
         out = self._buffer("out", n, d)
-        if weight.dtype != torch.float32 or not weight.is_contiguous():
-            raise ConfigError(f"weight must be contiguous float32, not {weight.dtype}")
-        self._check(x, weight.new_empty(n, dtype=torch.int64), groups, out)
+        if weight.dtype != torch.float32 or not weight.is_contiguous() or len(x) != 1:
+            raise ConfigError(f"one token takes contiguous float32 weights, not {len(x)} and {weight.dtype}")
+        self._check(x, n, groups, out)
         y = torch.empty(1, d, dtype=torch.bfloat16)
         sums = self._buffer("sums", 1, d)
         total = (d, n, out.data_ptr(), weight.data_ptr(), sums.data_ptr(), y.data_ptr())
@@ -214,16 +215,14 @@ class StoredExperts:
             pre = F.linear(x[token[first:last]], weights["up"], weights.get("up_bias"))
             out[first:last] = F.linear(self.activation(pre), weights["down"], weights.get("down_bias"))
 
-    def _check(self, x: Tensor, token: Tensor, groups: Sequence[Group], out: Tensor) -> None:
+    def _check(self, x: Tensor, n: int, groups: Sequence[Group], out: Tensor) -> None:
         # kernels get addresses: a wrong shape would read or write somebody else's memory
-        n, d = token.numel(), self.layout.d
+        d = self.layout.d
         for name, tensor, rows in (("x", x, x.shape[0]), ("out", out, n)):
             if tuple(tensor.shape) != (rows, d) or tensor.dtype != torch.float32 or not tensor.is_contiguous():
                 raise ConfigError(
                     f"{name} must be contiguous float32 [{rows}, {d}], not {tensor.dtype} {list(tensor.shape)}"
                 )
-        if token.dtype != torch.int64 or not token.is_contiguous():
-            raise ConfigError(f"token must be contiguous int64, not {token.dtype}")
         for record, first, last in groups:
             if not 0 <= first <= last <= n:
                 raise ConfigError(f"a group has rows {first} to {last}, but there are {n}")
@@ -281,7 +280,7 @@ def _spans(groups: Sequence[Group]) -> Iterator[tuple[int, int, list[Group]]]:
 
 
 def _splits(p: int, parts: int, groups: int) -> int:
-    wanted = max(p // _ITEM_ROWS, -(-4 * torch.get_num_threads() // groups), 1)
+    wanted = max(p // ITEM_ROWS, -(-4 * torch.get_num_threads() // groups), 1)
     return min(wanted, p // parts // BLOCK)
 
 

@@ -36,7 +36,7 @@ from collegium.experts.compute.stored_vectors import (
     scratch,
 )
 
-__all__ = ["PAIR", "address", "row_bytes", "why_not"]
+__all__ = ["PAIR", "address", "round_row", "row_bytes", "why_not"]
 
 PAIR = 128
 """Columns of two registers of bytes: q is a multiple of it."""
@@ -147,6 +147,20 @@ def _write(b: Any, value: Any, out: Any, at: int) -> None:
 
 
 @njit
+def round_row(kind: Any, bits: Any, x: Any, q: Any, out: Any) -> None:
+    """Write the blocks of one row of float32."""
+    k = 0
+    while k + BLOCK_COLUMNS <= q:
+        _round_block(kind, 4, x + k * 4, out)
+        out += _block_bytes(bits, 4)
+        k += BLOCK_COLUMNS
+    while k < q:
+        _round_block(kind, 1, x + k * 4, out)
+        out += _block_bytes(bits, 1)
+        k += PAIR
+
+
+@njit
 def _round_rows(parameters: Any, kind: Any, bits: Any) -> None:
     """Parameters: counter, rows, q, x ``[n, q]``, out, bytes of a row of out."""
     n, q = parameters[1], parameters[2]
@@ -154,15 +168,7 @@ def _round_rows(parameters: Any, kind: Any, bits: Any) -> None:
         row = _next(parameters)
         if row >= n:
             break
-        x, out, k = parameters[3] + row * q * 4, parameters[4] + row * parameters[5], 0
-        while k + BLOCK_COLUMNS <= q:
-            _round_block(kind, 4, x + k * 4, out)
-            out += _block_bytes(bits, 4)
-            k += BLOCK_COLUMNS
-        while k < q:
-            _round_block(kind, 1, x + k * 4, out)
-            out += _block_bytes(bits, 1)
-            k += PAIR
+        round_row(kind, bits, parameters[3] + row * q * 4, q, parameters[4] + row * parameters[5])
 
 
 # ---- products ------------------------------------------------------------------------------------------------------

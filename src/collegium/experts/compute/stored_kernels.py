@@ -35,13 +35,16 @@ from collegium.experts.compute.stored_vectors import (
     scratch,
 )
 
-__all__ = ["ACTIVATIONS", "BLOCK", "CHUNK", "HEADER", "address"]
+__all__ = ["ACTIVATIONS", "BLOCK", "CHUNK", "HEADER", "ITEM_ROWS", "address"]
 
 HEADER = 14
 """Parameters of a product before its groups: see `_product`."""
 
 BLOCK = 16
 """Rows of a matrix are handed out in multiples of this many, and q is a multiple of it."""
+
+ITEM_ROWS = 192
+"""Rows of a matrix that a thread takes at a time: long runs are read fast, and there are enough of them."""
 
 CHUNK = 64
 """Most rows of x that one pass over a matrix serves."""

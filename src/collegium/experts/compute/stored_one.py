@@ -22,14 +22,8 @@ from collegium.experts.compute import cpu_kernels, stored_int8, stored_kernels, 
 from collegium.experts.compute.cpu_kernels import _int, _next, _pointer
 from collegium.experts.compute.cpu_pool import launch
 from collegium.experts.compute.jit import carray, cgutils, intrinsic, ir, njit, types
-from collegium.experts.compute.stored_int8 import (
-    BLOCK_COLUMNS,
-    PAIR,
-    _block_bytes,
-    _round_block,
-    _rows,
-)
-from collegium.experts.compute.stored_kernels import BLOCK, _widen, finish, take
+from collegium.experts.compute.stored_int8 import _rows, round_row
+from collegium.experts.compute.stored_kernels import BLOCK, ITEM_ROWS, _widen, finish, take
 from collegium.experts.compute.stored_vectors import I64, compiled, narrow, scratch
 
 __all__ = ["WIDEST", "Phase", "linear_one", "token_experts"]
@@ -38,7 +32,6 @@ WIDEST = 16384
 """Most columns of a matrix: a rounded row has a place on the stack."""
 
 _ROUNDED_BYTES = 2 * WIDEST  # 4 bits: 832 bytes for 512 columns
-_ITEM_ROWS = 192
 _WIDE_BYTES, _BIAS_BYTES, _ONE_SUM = 4 * WIDEST, 4 * BLOCK, 2 * 64
 _HEADER = 5
 
@@ -92,19 +85,6 @@ def _wait(counter: Any, count: Any) -> None:
         _breathe()
 
 
-@njit
-def _round(kind: Any, bits: Any, x: Any, q: Any, out: Any) -> None:
-    k = 0
-    while k + BLOCK_COLUMNS <= q:
-        _round_block(kind, 4, x + k * 4, out)
-        out += _block_bytes(bits, 4)
-        k += BLOCK_COLUMNS
-    while k < q:
-        _round_block(kind, 1, x + k * 4, out)
-        out += _block_bytes(bits, 1)
-        k += PAIR
-
-
 # ---- the experts of a token ----------------------------------------------------------------------------------------
 #
 # Parameters: how many items of `up`, and how many of `down`, are done; where the blocks of up, down and the sum begin,
@@ -140,7 +120,7 @@ def _phase(block: Any, done: Any, kind: Any, bits: Any, group: Any, own: Any) ->
             break
         row = first * own
         if row != at:
-            _round(kind, bits, block[8] + row * q * 4, q, rounded)
+            round_row(kind, bits, block[8] + row * q * 4, q, rounded)
             at = row
         w, scale, out = record + block[5], record + block[6], block[10] + first * p * 4
         for half in range(halves):
@@ -192,7 +172,7 @@ def linear_8(parameters: Any) -> None:
     rows, sums, rounded, wide = scratch(8), scratch(_ONE_SUM), scratch(_ROUNDED_BYTES), scratch(_WIDE_BYTES)
     _pointer(rows, np.int64(0))[0] = rounded
     _widen(half, parameters[6], parameters[6], 0, q, wide)
-    _round(kind, 8, wide, q, rounded)
+    round_row(kind, 8, wide, q, rounded)
     biases, added = scratch(_BIAS_BYTES), parameters[7]
     while True:
         item = _next(parameters)
@@ -250,6 +230,6 @@ def linear_one(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> 
     """
     p, q = codes.shape
     out = torch.empty((*x.shape[:-1], p), dtype=torch.bfloat16)
-    numbers = (p // _ITEM_ROWS or 1, p, q, codes.data_ptr(), scale.data_ptr(), x.data_ptr())
+    numbers = (p // ITEM_ROWS or 1, p, q, codes.data_ptr(), scale.data_ptr(), x.data_ptr())
     launch(_kernel("linear_8"), *numbers, 0 if bias is None else bias.data_ptr(), out.data_ptr())
     return out
