@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from collegium.benchmarks import shrink
-from collegium.benchmarks.harness import peak_memory
 from collegium.models.checkpoint import open_checkpoint
+from collegium.process import peak_memory
 
 
 def test_what_it_makes_up_is_a_finite_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_operations_are_those_of_olmoe() -> None:
 
 def test_peak_memory_is_of_the_process_alone() -> None:
     held = bytearray(os.urandom(1 << 20)) * 600  # as the parent of a benchmark may hold
-    program = "from collegium.benchmarks.harness import peak_memory; print(peak_memory())"
+    program = "from collegium.process import peak_memory; print(peak_memory())"
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
     assert peak_memory() > len(held)
-    assert 5e7 < int(done.stdout) < len(held)
+    assert 1e6 < int(done.stdout) < len(held)

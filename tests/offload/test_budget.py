@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collegium.errors import ConfigError
-from collegium.offload.budget import MARGIN, parse_bytes, resident_bytes, share_slots
+from collegium.offload.budget import MARGIN, parse_bytes, share_slots
 from collegium.offload.model import load_offloaded
+from collegium.process import resident_memory
 
 CGROUP = Path("/sys/fs/cgroup/memory")
 
@@ -65,7 +66,7 @@ def test_shares_stay_within_the_memory(
 PROGRAM = """
 import json, sys
 import torch
-from collegium.offload.budget import peak_bytes
+from collegium.process import peak_memory
 from collegium.offload.model import load_offloaded
 
 folder, memory = sys.argv[1], int(sys.argv[2]) or None
@@ -73,7 +74,7 @@ with load_offloaded(folder, memory=memory, context=64) as found:
     ids = torch.arange(3, 40)[None]
     out = found.model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None)
     budget = found.budget
-    print(json.dumps({"fixed": budget.fixed, "slot": budget.slot[32], "slots": budget.slots[32], "peak": peak_bytes(),
+    print(json.dumps({"fixed": budget.fixed, "slot": budget.slot[32], "slots": budget.slots[32], "peak": peak_memory(),
                       "ids": out[0].tolist(), "evictions": found.counters()["evictions"]}))
 """
 
@@ -113,7 +114,7 @@ def test_a_process_lives_within_its_memory(tmp_path: Path) -> None:
     assert tight["ids"] == roomy["ids"]
 
 
-@pytest.mark.skipif(not resident_bytes(), reason="memory is seen on Linux only")
+@pytest.mark.skipif(not resident_memory(), reason="memory is seen on Linux only")
 def test_too_little_memory_is_refused_with_a_number(tmp_path: Path) -> None:
     folder, _ = saved("qwen3_moe", tmp_path / "model", vocab_size=60_000)
     with pytest.raises(ConfigError, match=r"the smallest memory that works is \d+MiB"):

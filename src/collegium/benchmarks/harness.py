@@ -11,11 +11,9 @@ import importlib
 import math
 import pkgutil
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +21,7 @@ import torch
 
 from collegium.errors import ConfigError
 
-__all__ = ["Row", "Say", "benchmarks", "cost", "find", "gemm_rate", "medians", "memory_bandwidth", "peak_memory"]
+__all__ = ["Row", "Say", "benchmarks", "cost", "find", "gemm_rate", "medians", "memory_bandwidth"]
 
 Say = Callable[[str], None]
 
@@ -91,21 +89,6 @@ def cost(value: float | None, unit: str) -> str:
     if unit == "bytes":
         return f"{value / 1e6:,.0f} MB"
     return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
-
-
-def peak_memory() -> int:
-    """Bytes that this process had resident at most, since it started its own program.
-
-    Linux counts into `ru_maxrss` what the parent held when it forked, so the number is read from the process itself
-    there.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return 1024 * int(line.split()[1])
-    import resource  # Unix only
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def benchmarks() -> list[str]:

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from collegium.benchmarks.harness import Row, Say, peak_memory
+from collegium.benchmarks.harness import Row, Say
 from collegium.jit import njit
 from collegium.measure.metric import metrics
+from collegium.process import peak_memory
 from collegium.trace import LayerMeta, LayerRows, Trace, TraceMeta, TraceWriter
 from collegium.trace.schema import column_names
 

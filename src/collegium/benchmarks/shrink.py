@@ -29,13 +29,14 @@ import torch
 from transformers import OlmoeConfig
 
 from collegium import __version__
-from collegium.benchmarks.harness import Row, Say, gemm_rate, peak_memory
+from collegium.benchmarks.harness import Row, Say, gemm_rate
 from collegium.compress.collectors import DEFAULTS
 from collegium.compress.plan import Asked, LayerPlan, Plan
 from collegium.compress.target import Target
 from collegium.measure.statistics import LayerEntry, Statistics, StatisticsMeta
 from collegium.models.checkpoint import open_checkpoint
 from collegium.models.shards import SHARD_BYTES
+from collegium.process import peak_memory
 from collegium.rng import generator
 
 __all__ = ["empty_statistics", "halve", "run", "synthesise"]

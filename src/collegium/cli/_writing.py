@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from collegium.errors import ConfigError
-from collegium.offload.budget import peak_bytes
+from collegium.process import peak_memory
 
 if TYPE_CHECKING:
     from collegium.offload.model import Offloaded
@@ -128,7 +128,7 @@ class Writer:
             "hit_rate": round((more["hits"] + more["prefetched"]) / asked, 4),
             "bytes_read": more["read_bytes"],
             "stall_seconds": round(more["stall_seconds"], 3),
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": peak_memory(),
         }
         if not self._quiet:
             typer.echo(

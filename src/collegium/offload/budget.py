@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from collegium.errors import ConfigError
 
-__all__ = ["MARGIN", "Budget", "parse_bytes", "peak_bytes", "resident_bytes", "share_slots"]
+__all__ = ["MARGIN", "Budget", "parse_bytes", "share_slots"]
 
 MARGIN = 0.02
 """Share of the memory that is left alone: allocators round up, and threads come and go."""
@@ -37,23 +36,6 @@ def parse_bytes(text: str) -> int:
     if nbytes <= 0:
         raise ConfigError(f"{text!r} is no memory at all")
     return nbytes
-
-
-def resident_bytes() -> int:
-    """Bytes of memory that this process holds now. Linux only; 0 elsewhere."""
-    return _status("VmRSS")
-
-
-def peak_bytes() -> int:
-    """The most that this process has held since it was measured last. Linux only; 0 elsewhere."""
-    return _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    file = Path("/proc/self/status")
-    if not file.exists():
-        return 0
-    return next(1024 * int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(f"{name}:"))
 
 
 @dataclass(frozen=True)

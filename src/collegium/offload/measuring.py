@@ -18,10 +18,10 @@ from transformers import DynamicCache
 
 from collegium.experts.stored import ExpertLayout
 from collegium.offload.arithmetic import Kind, arithmetic
-from collegium.offload.budget import peak_bytes, resident_bytes
 from collegium.offload.precision.base import PrecisionPolicy
 from collegium.offload.slots import SlotPool
 from collegium.offload.store import ExpertSource
+from collegium.process import peak_memory, resident_memory
 from collegium.sites import Site
 
 __all__ = ["Needs", "measure", "trim"]
@@ -65,7 +65,7 @@ def measure(
     # layers are alike, so the peak is where the cache of a pass, which is counted by itself, is full
     working = max(0, few.bytes - first, many.bytes - second) + experts.bytes
     trim()  # what the passes have left in the heap is counted as working already
-    return Needs(resident_bytes(), working, max(0.0, second - slope * chunk), slope)
+    return Needs(resident_memory(), working, max(0.0, second - slope * chunk), slope)
 
 
 def _forward(model: Any, tokens: int, more: bool = False) -> int:
@@ -108,11 +108,11 @@ class _Peak:
 def _peak() -> Iterator[_Peak]:
     """How much more was held within the context than before it, at the most. Linux only; 0 elsewhere."""
     found, reset = _Peak(), Path("/proc/self/clear_refs")
-    before = resident_bytes()
+    before = resident_memory()
     if reset.exists():
         reset.write_text("5")  # the peak starts again from here
     yield found
-    found.bytes = max(0, peak_bytes() - before)
+    found.bytes = max(0, peak_memory() - before)
 
 
 def trim() -> None:

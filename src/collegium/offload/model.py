@@ -27,7 +27,7 @@ from collegium.experts.loose import FUSED
 from collegium.layerwise import LayerwiseModel
 from collegium.models.attention import use_lean_attention
 from collegium.offload.arithmetic import Kind
-from collegium.offload.budget import Budget, parse_bytes, resident_bytes, share_slots
+from collegium.offload.budget import Budget, parse_bytes, share_slots
 from collegium.offload.embedding import close_rows, leave_on_disk, stored_embedding
 from collegium.offload.engine import Engine, Watcher
 from collegium.offload.fused import fuse_layers, fuse_routers
@@ -45,6 +45,7 @@ from collegium.offload.predictors.base import Predictor
 from collegium.offload.prefetch import Prefetch
 from collegium.offload.slots import SlotPool
 from collegium.offload.store import ExpertSource, ReadQueue, open_source
+from collegium.process import resident_memory
 from collegium.routing import Routing
 from collegium.routing.scores import Sigmoid, Softmax
 from collegium.sites import Site, sites, tap
@@ -186,7 +187,7 @@ def load_offloaded(
 
 
 def _load(source: ExpertSource, settings: Settings, context: int | None, say: Callable[[str], None]) -> Offloaded:
-    if settings.memory is not None and not resident_bytes():
+    if settings.memory is not None and not resident_memory():
         raise ConfigError("a budget of memory is kept on Linux only, where a process can see what it holds")
     geometry = Geometry(
         experts=tuple(layer.num_experts for layer in source.layers),
@@ -251,7 +252,7 @@ def _refuse_hopeless(layerwise: LayerwiseModel, source: ExpertSource, settings: 
     there = {name: info for name, info in source.checkpoint.tensors.items() if name not in source.expert_tensors}
     weights = sum(info.nbytes for name, info in there.items() if rows is None or layerwise.targets.get(name) != rows)
     if settings.memory is not None and weights > settings.memory:
-        least = weights // (1 if settings.dense_bits is None else 2) + resident_bytes()
+        least = weights // (1 if settings.dense_bits is None else 2) + resident_memory()
         advice = "" if settings.dense_bits else "; dense_bits=8 (--dense-bits 8) halves them once they are read"
         raise ConfigError(
             f"{settings.memory / 2**30:.2f} GiB is too little even to read the weights besides the experts, "

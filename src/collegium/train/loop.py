@@ -24,6 +24,7 @@ from collegium import models
 from collegium.errors import ConfigError, DataError, NonFiniteError
 from collegium.files import atomic_file
 from collegium.layer import after_step, moe_layers
+from collegium.process import peak_memory
 from collegium.rng import seed_of
 from collegium.train.batches import Order, model_inputs, routing_context
 from collegium.train.build import build_model, compile_around_experts, count_parameters
@@ -273,6 +274,7 @@ class _Trainer:
             "bits_per_byte": found.overall,
             "domains": found.bits_per_byte,
             "processes": self.ranks.world,
+            "peak_memory_bytes": peak_memory(),
             "versions": {"collegium": collegium.__version__, "torch": torch.__version__},
         }
         if self.ranks.first:

@@ -6,7 +6,7 @@ recipe = Recipe.load("recipes/tiny.yaml", ["optim.lr=1e-3", "moe.num_experts=8"]
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -199,13 +199,15 @@ class Recipe(_Spec):
         return cls.parse(data, overrides, where=str(file))
 
     @classmethod
-    def parse(cls, data: Any, overrides: Iterable[str] = (), where: str = "recipe") -> Recipe:
-        """A recipe from plain data. Raises ConfigError like `load`; `where` begins its message."""
+    def parse(cls, data: Any, overrides: Iterable[str] | Mapping[str, Any] = (), where: str = "recipe") -> Recipe:
+        """A recipe from plain data; overrides may be a mapping, too, ``{"optim.lr": 1e-3}``. Raises ConfigError like
+        `load`; `where` begins its message."""
         if not isinstance(data, dict):
             raise ConfigError(f"{where}: a recipe is a mapping with model, data, run, ...; this is {data!r}")
         data = copy.deepcopy(data)
-        for override in overrides:
-            _override(data, override)
+        read = overrides.items() if isinstance(overrides, Mapping) else map(_read_override, overrides)
+        for path, value in read:
+            _assign(data, path, value)
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -239,22 +241,25 @@ class Recipe(_Spec):
         return [f"{name}: {mine.get(name)} != {theirs.get(name)}" for name in fields if name not in MAY_CHANGE]
 
 
-def _override(data: dict[str, Any], override: str) -> None:
+def _read_override(override: str) -> tuple[str, Any]:
     path, found, text = override.partition("=")
     if not found or not path.strip():
         raise ConfigError(f"cannot read the override {override!r}; write it as section.field=value")
     try:
-        value = yaml.safe_load(text)
+        return path.strip(), yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"cannot read the value of the override {override!r}: {error}") from error
-    *sections, name = path.strip().split(".")
+
+
+def _assign(data: dict[str, Any], path: str, value: Any) -> None:
+    *sections, name = path.split(".")
     at = data
     for section in sections:
         if at.get(section) is None:
             at[section] = {}
         at = at[section]
         if not isinstance(at, dict):
-            raise ConfigError(f"override {override!r}: {section} is not a section but {at!r}")
+            raise ConfigError(f"override of {path}: {section} is not a section but {at!r}")
     at[name] = value
 
 
