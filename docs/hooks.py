@@ -1,4 +1,4 @@
-"""Documentation that is computed: methods from the catalogue, benchmark tables from stored results."""
+"""Tables that are computed: metrics from the catalogue, benchmarks from stored results."""
 
 from __future__ import annotations
 
@@ -7,26 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from collegium import catalog
 from collegium.benchmarks.harness import cost
 from collegium.measure import metrics
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def methods_table() -> str:
-    """One table a kind, straight from the catalogue."""
-    parts = []
-    for kind, what in catalog.KINDS.items():
-        members = catalog.methods(kind)
-        if not members:
-            continue
-        parts.append(f"\n## {kind}\n\nWhat it is: {what}.\n\n| name | paper | module | claim |\n|---|---|---|---|")
-        for m in members:
-            paper = f"[{m.paper}](https://arxiv.org/abs/{m.arxiv})" if m.arxiv else m.paper
-            claim = f"**{m.claim['status']}**: {m.claim['numbers']}" if m.claim else "no claim test yet"
-            parts.append(f"| `{m.name}` | {paper} | `{m.module}` | {claim} |")
-    return "\n".join(parts)
 
 
 def bench_table(name: str) -> str:
@@ -113,7 +97,7 @@ def metrics_rows() -> str:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """mkdocs event: fill the placeholders of a page."""
-    markdown = markdown.replace("<!-- methods -->", methods_table()).replace("<!-- metrics -->", metrics_rows())
+    markdown = markdown.replace("<!-- metrics -->", metrics_rows())
     if "<!-- large model -->" in markdown:
         markdown = markdown.replace("<!-- large model -->", large_model_table())
     return re.sub(r"<!-- bench: (\w+) -->", lambda found: bench_table(found[1]), markdown)

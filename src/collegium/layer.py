@@ -155,7 +155,8 @@ class MoE(nn.Module):
         self.before: tuple[MoE, ...] = ()  # in a tuple, which hides it from torch
         self.passed: Routing | None = None
         self.memory: dict[str, Tensor] | None = None  # of the cache that a decoder runs with
-        self.mixing: Callable[[], Callable[[Tensor], Tensor]] | None = None
+        self.position: Tensor | None = None  # of the tokens, where a decoder tells it
+        self.mixing: Callable[[Tensor], Tensor] | None = None
         self.gate, self.later_gates = gates[0], nn.ModuleList(gates[1:])
         self.experts = experts
         self.shared_experts = shared_experts
@@ -164,7 +165,7 @@ class MoE(nn.Module):
         self.balance: Balance | None = None
         self.context, self.routings = None, ()
         self._sequence: Tensor | None = None
-        self._key: tuple[int, ...] = ()
+        self._key, self._reached = (0, 0, layer_index), True
 
     @property
     def gates(self) -> tuple[Router, ...]:
@@ -243,10 +244,9 @@ class MoE(nn.Module):
             context = replace(context, previous=self.before[0].passed)
         if x.dim() == 3 and context.shape is None:
             context = replace(context, shape=(x.shape[0], x.shape[1]))
-        if self.memory is not None and context.memory is None:
-            context = replace(context, memory=self.memory)
-        if self.mixing is not None and context.mix is None:
-            context = replace(context, mix=self.mixing())
+        for name, told in (("memory", self.memory), ("position", self.position), ("mix", self.mixing)):
+            if told is not None and getattr(context, name) is None:
+                context = replace(context, **{name: told})  # type: ignore[arg-type]
         for name in ("valid", "document"):
             field = getattr(context, name)
             if field is not None and field.shape != x_Td.shape[:1]:
@@ -280,11 +280,11 @@ class MoE(nn.Module):
     def _check(self, routing: Routing) -> None:
         # on a device that runs behind, looking would make it wait; there the training loop looks at the loss
         if routing.weight.device.type == "cpu" and not bool(torch.isfinite(routing.weight).all()):
-            raise NonFiniteError(f"the router of layer {self.layer_index} gives weights that are NaN or infinite")
+            raise NonFiniteError(f"layer {self.layer_index}: router gives NaN or infinity; see its weights and input")
 
     def _record(self, routings: Sequence[Routing], context: RoutingContext, x: Tensor) -> None:
         self.routings, self._sequence = tuple(routings), context.document
-        self._key = (context.seed, context.step, self.layer_index)
+        self._key, self._reached = (context.seed, context.step, self.layer_index), torch.is_grad_enabled()
         if self._sequence is None and x.dim() > 2:
             rows = torch.arange(x.shape[0], device=x.device)
             self._sequence = rows.repeat_interleave(routings[0].num_tokens // max(x.shape[0], 1))
@@ -303,15 +303,14 @@ class MoE(nn.Module):
             return {}
         if not self.routings:
             raise ConfigError(f"layer {self.layer_index} has no balance loss before its first forward in training mode")
+        if torch.is_grad_enabled() and self.gate.weight.requires_grad and not self._reached:
+            raise ConfigError(
+                f"the balance loss of layer {self.layer_index} would train nothing: its forward ran without gradient. "
+                "If gradient checkpointing is on, choose use_reentrant=False"
+            )
         found = []
         for iteration, (gate, routing) in enumerate(zip(self.gates, self.routings, strict=True)):
-            reached = getattr(routing.probs, "requires_grad", True)
-            if torch.is_grad_enabled() and gate.weight.requires_grad and not reached:
-                raise ConfigError(
-                    f"the balance loss of layer {self.layer_index} would train nothing: its forward ran without "
-                    "gradient. If gradient checkpointing is on, choose use_reentrant=False"
-                )
-            key = (*self._key, iteration) if iteration else self._key
+            key: tuple[int, ...] = (*self._key, iteration) if iteration else self._key
             found.append(self.balance.losses(routing, self._sequence, gate, self.experts, key))
         return {name: torch.stack([one[name] for one in found]).mean() for name in found[0]}
 

@@ -1,16 +1,24 @@
-"""What every member of the kinds "balance" and "controller" promises."""
+"""What every member of the kind "balance" promises, and every routing loss that says it is one."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from collegium.balance.extra import DeviceBalance, RoutingLoss
+from collegium.balance.stats import LoadStats
 from collegium.catalog import methods
 from collegium.routing.record import Routing
+from collegium.testing import check_balance_loss
 
 BALANCE = [pytest.param(m.obj, id=m.name) for m in methods("balance")]
-CONTROLLER = [pytest.param(m.obj, id=m.name) for m in methods("controller")]
+ROUTING = [pytest.param(m.name, m.obj, id=m.name) for m in methods("routing_loss") if m.obj.is_balance]
+SETTINGS: dict[str, dict[str, Any]] = {"device_balance": {"groups": 4}}
+"""Where the defaults do not tell experts apart."""
 
 
 def routing_like(share: Tensor, T: int = 100) -> Routing:
@@ -56,18 +64,37 @@ def test_a_loss_is_a_finite_float32_scalar_that_ignores_padding(loss) -> None:
     assert loss(doubled).item() == pytest.approx(value.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("controller", CONTROLLER)
-def test_a_controller_lowers_the_overloaded_and_raises_the_starved(controller) -> None:
-    bias = torch.zeros(4)
-    controller().update(bias, torch.tensor([70, 10, 10, 30]), step=0)
-    assert bias[0] < 0
-    assert (bias[1:3] > 0).all()
-    assert bias[3].item() == pytest.approx(0, abs=1e-8)  # exactly the mean load
+@pytest.mark.parametrize(("name", "cls"), ROUTING)
+def test_routing_losses_that_are_balance(name: str, cls: type[RoutingLoss]) -> None:
+    check_balance_loss(lambda E: cls(**SETTINGS.get(name, {})))
 
 
-@pytest.mark.parametrize("controller", CONTROLLER)
-def test_a_controller_rests_at_balance_and_without_tokens(controller) -> None:
-    for counts in (torch.full((4,), 9), torch.zeros(4, dtype=torch.int64)):
-        bias = torch.tensor([0.5, -0.5, 0.25, -0.25])
-        controller().update(bias, counts, step=3)
-        assert bias.tolist() == [0.5, -0.5, 0.25, -0.25]
+@dataclass(frozen=True)
+class Scaled(RoutingLoss):
+    """E times the mean square of the mean probabilities, times `factor`; padding counts if it is to."""
+
+    factor: float = 1.0
+    padding: bool = False
+    cut: bool = False
+
+    def __call__(self, routing: Routing, stats: LoadStats | None) -> Tensor:
+        assert routing.probs is not None
+        probs = routing.probs.detach() + 0 * routing.probs if self.cut else routing.probs
+        probs = probs if routing.valid is None or self.padding else probs[routing.valid]
+        return self.factor * routing.num_experts * probs.mean(0).square().sum()
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (Scaled(factor=2.0), "at even load it is 2"),
+        (DeviceBalance(groups=1), "does not grow with skew"),
+        (Scaled(padding=True), "padding changes it"),
+        (Scaled(cut=True), "does not lower an overloaded expert"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else None,
+)
+def test_a_loss_that_breaks_the_contract_is_told_so(loss: RoutingLoss, words: str) -> None:
+    check_balance_loss(lambda E: Scaled())
+    with pytest.raises(AssertionError, match=words):
+        check_balance_loss(lambda E: loss)

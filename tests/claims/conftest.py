@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ import collegium
 from collegium import load
 from collegium.data import document_batches, open_corpus
 from collegium.files import atomic_file
+from collegium.layer import moe_layers
 from collegium.measure import domain_information
 from collegium.measure import load as load_of
 from collegium.trace import record
@@ -39,12 +41,16 @@ class Outcome:
         max_violation: MaxVio on held-out text.
         dead: experts without a token, summed over layers.
         information: I(domain; expert), bits.
+        folder: of the run, with ``model`` and ``trace``.
+        active: experts of a token that compute something, mean over tokens and layers.
     """
 
     bits_per_byte: float
     max_violation: float
     dead: int
     information: float
+    folder: Path
+    active: float
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +94,15 @@ def _run(folder: Path, overrides: tuple[str, ...], seed: int) -> Outcome:
         max_violation=float(np.mean([float(at.max_violation) for at in loads])),
         dead=sum(len(at.dead) for at in loads),
         information=float(np.mean([float(found.bits) for found in domain_information(trace)])),
+        folder=folder,
+        active=float(np.mean([at.counts[: _computing(model, at.layer)].sum() / len(trace) for at in loads])),
     )
+
+
+def _computing(model: Any, layer: int) -> int:
+    """Experts of a layer that compute something; their ids come first."""
+    gate = next(one.gate for one in moe_layers(model) if one.layer_index == layer)
+    return int(gate.num_true or gate.num_experts)
 
 
 @pytest.fixture

@@ -31,11 +31,14 @@ def of_system(name: str, **settings: Any) -> Callable[[int, int, int], Router]:
     return make
 
 
-SYSTEMS = [
-    (one.name, settings)
-    for one in methods("system")
-    for settings in {"adamoe": [{"null": 4}], "ssr": [{"probability": 0.0}, {"probability": 1.0}]}.get(one.name, [{}])
-]
+EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "adamoe": [{"null": 4}],
+    "ssr": [{"probability": 0.0}, {"probability": 1.0}],
+    "thor": [{"inference": mode} for mode in ("token", "sequence", "ensemble")],
+}
+"""Settings to test where the defaults do not do, or are not all there is."""
+
+SYSTEMS = [(one.name, settings) for one in methods("system") for settings in EXAMPLES.get(one.name, [{}])]
 
 
 @pytest.mark.parametrize("check", router_checks(), ids=lambda check: check.__name__)
@@ -53,6 +56,8 @@ PARTS: list[dict[str, Any]] = [
     {"capacity": {"random": {"eval_capacity_factor": 1.0}}},
     {"select": "random_expert"},
     {"select": {"random_expert": {"unit": "token"}}},
+    {"select": {"random_expert": {"inference": "sequence"}}},
+    {"select": {"random_expert": {"inference": "ensemble"}}, "weigh": "even"},
     {"transforms": ["logit_selection"], "select": {"sparse_mixer": 0.1}, "weigh": {"sparse_mixer": 0.1}},
 ]
 
@@ -76,6 +81,17 @@ class Peeks(Transform):
 
     def __call__(self, scores: Scores, context: RoutingContext) -> Scores:
         return replace(scores, selection=scores.selection + scores.selection.roll(-1, 0))
+
+
+@dataclass(frozen=True)
+class ByPlace(Selection):
+    """The expert whose turn it is, by a token's place in the forward."""
+
+    symmetric = False
+
+    def __call__(self, scores: Scores, top_k: int, context: RoutingContext) -> Tensor:
+        T, E = scores.selection.shape
+        return (torch.arange(T)[:, None] + torch.arange(top_k)) % E
 
 
 @dataclass(frozen=True)
@@ -107,6 +123,7 @@ class Cut(Transform):
     [
         ({"selection": Twice()}, "twice"),
         ({"transforms": [Peeks()]}, "later tokens"),
+        ({"selection": ByPlace()}, "check_pieces: with a cache"),
         ({"transforms": [Noisy()]}, "check_seed"),
         ({"transforms": [Partial()]}, "check_permutation"),
         ({"transforms": [Cut()]}, "check_gradient"),

@@ -10,13 +10,16 @@ import torch
 
 from collegium.catalog import methods
 from collegium.errors import ConfigError
-from collegium.routing import Router, RoutingContext, check_parts
+from collegium.layer import MoE, moe_layers
+from collegium.models import MoEConfig, install
+from collegium.routing import Router, RoutingContext, check_parts, router_from
 from collegium.routing.parts import Part, Score, Scores, Selection, Transform, Weigh
 from collegium.routing.scores import Sigmoid, Softmax
-from collegium.routing.selection import GroupedTopK, SparseMixer, SparseMixerWeights, TopK
+from collegium.routing.selection import GroupedTopK, RandomExpert, SparseMixer, SparseMixerWeights, TopK
 from collegium.routing.transforms import GroupLimit, LogitSelection, SelectionBias
 from collegium.routing.weighing import Renormalised, SoftmaxSelected
 from collegium.routing.weighing_except import RenormalisedExcept
+from tiny import tiny_inputs, tiny_model
 
 T, E, D = 40, 8, 16
 BASES = {"score": Score, "transform": Transform, "selection": Selection, "weigh": Weigh}
@@ -245,6 +248,105 @@ def test_sparse_mixer_draws_from_the_candidates_only_in_training():
     assert not torch.equal(other_step, SparseMixer(0.05)(scores, 1, RoutingContext(training=True)))
 
 
+# Experts by chance
+
+
+def experts_by_chance(inference: str, **context) -> torch.Tensor:
+    """``[T, 2]``: who computes at inference."""
+    router = Router(D, E, 2, selection=RandomExpert(inference=inference))
+    return router(torch.randn(T, D), RoutingContext(**context)).index_TK
+
+
+def test_each_token_draws_by_its_position():
+    position = torch.arange(T) % 20
+    index = experts_by_chance("token", position=position)
+    assert torch.equal(index[:20], index[20:])
+    assert len(index[:20].unique(dim=0)) > 10
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        {"shape": (8, 5)},
+        {"document": torch.arange(8).repeat_interleave(5) + 1000},
+        {"document": torch.arange(T) % 8, "position": torch.arange(T), "shape": (2, 20)},
+    ],
+    ids=["rows", "documents", "documents in rows"],
+)
+def test_a_sequence_keeps_its_experts_and_others_draw_theirs(context):
+    index = experts_by_chance("sequence", **context)
+    of = context.get("document", torch.arange(8).repeat_interleave(5))
+    drawn = [index[of == one].unique(dim=0) for one in of.unique()]
+    assert all(len(one) == 1 for one in drawn)
+    assert len(torch.cat(drawn).unique(dim=0)) > 4
+    other = experts_by_chance("sequence", layer=1, **context)
+    assert not torch.equal(index, other)
+    assert torch.equal(other, experts_by_chance("sequence", layer=1, step=9, micro_batch=3, **context))
+    experts_by_chance("sequence", seed=2**62, **context)
+
+
+def test_all_experts_are_drawn_alike():
+    index = experts_by_chance("sequence", document=torch.arange(T) + 7)
+    counts = sum(
+        experts_by_chance("sequence", document=torch.arange(T) + start).flatten().bincount(minlength=E)
+        for start in range(0, 4000, T)
+    )
+    assert index.shape == (T, 2)
+    assert counts.sum() == 8000
+    assert (counts - 1000).abs().max() < 4 * 1000**0.5
+
+
+@pytest.mark.parametrize("layer", [{}, {"shared": 8}], ids=["routed", "with shared"])
+def test_an_ensemble_is_the_mean_of_all_experts(layer):
+    router = router_from({"select": {"random_expert": {"inference": "ensemble"}}, "weigh": "even"}, D, E, 1)
+    moe = MoE(D, 12, E, 1, router=router, **layer).eval()
+    moe.reset_parameters(0.3)
+    x = torch.randn(2, 5, D)
+    outputs = []
+    for gate_up, down in zip(moe.experts.gate_up_proj, moe.experts.down_proj, strict=True):
+        gate, up = (x @ gate_up.T).chunk(2, -1)
+        outputs.append((torch.nn.functional.silu(gate) * up) @ down.T)
+    expected = torch.stack(outputs).mean(0)
+    if layer:
+        expected = expected + moe.shared_experts(x)
+    torch.testing.assert_close(moe(x), expected)
+    moe.train()(x)
+    assert moe.last.index_TK.unique().numel() == 1, "in training one expert serves the micro-batch"
+
+
+def test_an_ensemble_leaves_forbidden_experts_out():
+    said = {"transforms": [{"group_limit": {"groups": 4, "keep": 1}}]}
+    said |= {"select": {"random_expert": {"inference": "ensemble"}}, "weigh": "even"}
+    router = router_from(said, D, E, 1)
+    x = torch.randn(T, D) * 50
+    routing = router(x)
+    best = router.logits(x).softmax(-1).view(T, 4, 2).topk(2).values.sum(-1).argmax(-1)
+    assert torch.equal(routing.expert.view(T, 2), 2 * best[:, None] + torch.arange(2))
+    assert (routing.weight == 0.5).all()
+
+
+@pytest.mark.parametrize("inference", ["token", "sequence", "ensemble"])
+def test_a_model_writes_with_a_cache_as_without(inference):
+    settings = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = MoEConfig.model_validate({**settings, "router": {"thor": {"inference": inference}}})
+    model = install(tiny_model("qwen3"), config).eval()
+    ids = tiny_inputs(model, batch=3, length=12)["input_ids"]
+    seen = []
+    moe_layers(model)[-1].experts.register_forward_pre_hook(lambda _, args: seen.append(args[1].to_topk()[0]))
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        found = model(input_ids=ids[:, :4], use_cache=True)
+        logits = [found.logits]
+        for at in range(4, 12):
+            found = model(input_ids=ids[:, at : at + 1], past_key_values=found.past_key_values, use_cache=True)
+            logits.append(found.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-4, atol=1e-5)
+    pieces = torch.cat([one.view(3, -1, one.shape[-1]) for one in seen[1:]], 1)
+    assert torch.equal(seen[0].view_as(pieces), pieces)
+    experts = [len(row.unique()) for row in pieces]
+    assert experts == [1] * 3 if inference == "sequence" else min(experts) > 1
+
+
 # Refusals
 
 
@@ -259,6 +361,8 @@ def test_sparse_mixer_draws_from_the_candidates_only_in_training():
         ({"transforms": [GroupLimit(4, 1)], "top_k": 3}, "top_k is 3, but 1 groups of 2 experts hold only 2"),
         ({"transforms": [GroupLimit(8, 4)], "top_k": 2}, "'top2_sum' needs two experts per group"),
         ({"transforms": [GroupLimit(4, 2, "mean")]}, "group_score is 'mean'"),
+        ({"selection": RandomExpert("step")}, "unit is 'step'; it must be 'batch' or 'token'"),
+        ({"selection": RandomExpert(inference="mean")}, "inference is 'mean'; it must be 'token', 'sequence' or"),
         ({"weigh": SparseMixerWeights()}, "SparseMixer.*the router has Softmax"),
         ({"weigh": SparseMixerWeights(), "selection": SparseMixer(0.5), "transforms": [LogitSelection()]}, "0.01"),
     ],

@@ -90,6 +90,8 @@ def test_a_system_becomes_parts_that_are_saved_as_they_are() -> None:
         ({"router": {"score": "softmax"}, "scoring_func": "sigmoid"}, "leave out scoring_func"),
         ({"router": {"deepseek_moe": {"segments": 3}}}, "multiple of 3"),
         ({"router": {"moge": 3}}, "does not divide 8 experts"),
+        ({"router": {"thor": "sentence"}}, r"router\.thor: setting 'inference': .*'token', 'sequence' or 'ensemble'"),
+        ({"num_experts": 9, "router": "thor"}, "thor: 9 experts cannot be joined by 2"),
         ({"zero_experts": ["nothing"], "router": {}}, "zero"),
         ({"balance": {"losses": ["entropy"]}}, "routing_entropy"),
         ({"num_experts_per_tok": 9}, "9"),

@@ -7,7 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from collegium.cli.main import app
+from collegium.errors import ConfigError
 from collegium.train import Recipe, read_metrics, train
 from collegium.train.state import latest
 
@@ -61,3 +68,39 @@ def test_killed_twice_and_resumed_is_bit_identical(recipe: Callable[..., Recipe]
     drop = ["seconds", "tokens_per_second"]
     ours, theirs = (read_metrics(folder / "metrics.jsonl").drop(drop) for folder in (killed, whole))
     assert ours.equals(theirs)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("checkpoint_every", [2, 0], ids=["with checkpoints", "finished, without"])
+def test_a_run_does_not_go_on_with_another_router(
+    settings: Callable[..., dict[str, Any]], tmp_path: Path, checkpoint_every: int
+) -> None:
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(settings(run__steps=4, run__checkpoint_every=checkpoint_every)))
+    out = tmp_path / "run"
+
+    def run(*fields: str) -> None:
+        arguments = ["train", str(tmp_path / "plan.yaml"), *fields, "--out", str(out)]
+        assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+
+    run("moe.router=ssr")
+    before = contents(out)
+    assert ("checkpoints/step-00000004/state.json" in before) == (checkpoint_every > 0)
+    with pytest.raises(ConfigError) as refused:
+        run("moe.router=moge")
+    for words in (
+        str(out),
+        "(its value != the one given)",
+        "moe.router.transforms: [{'selective_sinkhorn': {'probability': 0.01,",
+        "moe.router.select.grouped_top_k.groups: None != 2",
+        "moe.balance.load_balancing: 0.0 != 0.01",
+        "start afresh (--fresh, or resume=False)",
+    ):
+        assert words in str(refused.value)
+    with pytest.raises(ConfigError, match=r"selective_sinkhorn.*0\.01.* != .*selective_sinkhorn.*0\.5"):
+        run("moe.router={ssr: {probability: 0.5}}")
+    assert contents(out) == before
+    run("moe.router=ssr")  # which is the same run, finished
+    assert contents(out) == before

@@ -84,7 +84,20 @@ def _balance(routing: Routing, stats: LoadStats | None, **more: Any) -> Tensor:
 @method("routing_entropy", kind="routing_loss", paper="Harder Tasks Need More Experts (2024)", arxiv="2403.07652")
 @dataclass(frozen=True)
 class RoutingEntropy(RoutingLoss):
-    """``mean_t -sum_e p log p``: keeps a top-p router from flattening its probabilities, which would activate all."""
+    """Keeps a top-p router from flattening its probabilities, which would activate all experts.
+
+    Formula:
+        loss = mean_t(-sum_e p_te log p_te),  rows of p of sum 1
+
+    Cost:
+        one pass over ``[T, E]``.
+
+    Use it:
+        with a selection that takes as many experts as it needs to reach a probability.
+
+    Not:
+        with top-K, whose number of experts does not depend on it: it only makes the router sure early.
+    """
 
     coefficient: float = 1e-4
 
@@ -103,6 +116,19 @@ class RoutingEntropy(RoutingLoss):
 @dataclass(frozen=True)
 class DeviceBalance(RoutingLoss):
     """`load_balancing_loss` between groups of neighbouring experts (those of a device) instead of experts.
+
+    Formula:
+        loss = E sum_e f'_e P_e,  f'_e the mean of f over the group of e
+
+    Cost:
+        as the loss between experts: one pass over ``[T, E]`` and a count.
+
+    Use it:
+        where experts are spread over devices and only the devices need to be loaded alike (DeepSeekMoE: 0.05, with a
+        small loss between experts beside it).
+
+    Not:
+        with one group, where it is the constant 1.
 
     Attributes:
         groups: G; divides E.
@@ -127,6 +153,19 @@ class DeviceBalance(RoutingLoss):
 class ClassBalance(RoutingLoss):
     """`load_balancing_loss` in which experts that compute count 1 and zero-computation ones `tau` (MoE++), or in which
     the zero-computation ones count as one group of interchangeable experts (AdaMoE's null experts).
+
+    Formula:
+        loss = E sum_e eta_e f_e P_e,  eta = 1 where an expert computes, tau where not
+        with merge, f_e of a zero-computation expert is the mean over all of them
+
+    Cost:
+        as the loss between experts: one pass over ``[T, E]`` and a count.
+
+    Use it:
+        in a layer with zero-computation experts, in place of the plain loss, to say how much they may be used.
+
+    Not:
+        beside the plain loss, which counts all experts alike and pulls the other way.
 
     Attributes:
         tau: weight of a zero-computation expert: where the load is least, they get 1 / tau times as many tokens.
@@ -154,11 +193,24 @@ class ClassBalance(RoutingLoss):
 @dataclass(frozen=True)
 class ExpertRouterCoupling(WeightLoss):
     """Each router row, taken as a token and shaken a little, should excite its own expert most, and each expert its own
-    row most: ``mean_ij hinge(M_ij - alpha M_ii) + hinge(M_ji - alpha M_ii)`` with ``M_ij = |W_j r_i|``, W_j the gate
-    matrix of expert j (the only one, where experts have no gate).
+    row most.
 
     A row is multiplied by uniform noise within ``1 +- eps_i``, eps_i half the relative distance to its nearest row, so
     that it stays nearest to itself; eps_i carries no gradient, or it could be gamed.
+
+    Formula:
+        M_ij = |W_j (r_i * noise_i)|,  W_j the gate matrix of expert j (the only one, where experts have no gate)
+        loss = 1 / E^2 sum_{i != j} (max(M_ij - alpha M_ii, 0) + max(M_ji - alpha M_ii, 0))
+
+    Cost:
+        ``E^2 d f`` multiplications and ``[E, E, f]`` float32 numbers a layer and micro-batch, whatever the number of
+        tokens; nothing at inference.
+
+    Use it:
+        where routers should learn what their experts can do.
+
+    Not:
+        with very many experts or tiny micro-batches, where it costs more than the tokens do.
 
     Attributes:
         alpha: the smaller, the more an expert must prefer its own row; above 1 it fades out.

@@ -37,7 +37,7 @@ def load_balancing_loss(
     merge: Tensor | None = None,
     token_mask: Tensor | None = None,
 ) -> Tensor:
-    """``E * sum_e f_e P_e`` of one layer: exactly 1 where every expert gets the same load, whatever P is.
+    """The load-balancing loss of one layer: exactly 1 where every expert gets the same load, whatever P is.
 
     It is smallest (1) at uniform load among routings that pick experts as often as they find them probable (f = P);
     where f and P disagree it can fall below 1 without any balance, because the gradient flows through P only. f comes
@@ -55,6 +55,21 @@ def load_balancing_loss(
         DeepSeekMoE device loss               merge = device of each expert
         MoE++ heterogeneous loss              class_weight = 1 for FFN experts, tau for zero-computation experts
         AdaMoE null experts                   merge = one group for all null experts, each true expert its own
+
+    Formula:
+        loss = E sum_e f_e P_e,  f_e = n_e / sum_i n_i of the tokens in scope,  P_e = mean_t p_te
+
+    Cost:
+        one pass over ``[T, E]`` and a count; "global" adds one sum of ``E + 1`` integers a layer and micro-batch over
+        the processes, of all layers in one message.
+
+    Use it:
+        with any router that is left to choose, coefficient 0.01 or so. "global" lets experts keep to a domain as long
+        as the whole batch is even; "sequence" and "micro_batch" even out what runs at a time.
+
+    Not:
+        as a measure of balance: a flat P makes it 1 however skewed the loads are. Not where its gradient costs quality,
+        which a selection bias does not.
 
     Args:
         routing: the layer's routing, with `probs`.
@@ -183,9 +198,21 @@ def _counts(routing: Routing, counts: Counts, live_T: Tensor, group_T: Tensor, S
 
 @method("router_z", kind="balance", paper="ST-MoE (2022)", arxiv="2202.08906")
 def router_z_loss(routing: Routing, *, token_mask: Tensor | None = None) -> Tensor:
-    """``mean_t logsumexp_e(z_te)^2``: keeps router logits small, so that their softmax stays accurate.
+    """Keeps router logits small, so that their softmax stays accurate.
 
     It does not see loads; it holds back the largest logits. Padding is left out; no token at all gives 0.
+
+    Formula:
+        loss = mean_t(logsumexp_e(z_te)^2)
+
+    Cost:
+        one pass over ``[T, E]``; the router must keep its logits.
+
+    Use it:
+        in long runs in half precision, coefficient 1e-3, where logits grow until training diverges.
+
+    Not:
+        to balance loads: smaller logits make choices flatter, not more even.
 
     Args:
         routing: the layer's routing, with `logits` ``[T, E]``.

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
 from collegium.decode.kv import kv_cache
+from collegium.layer import moe_layers
 from collegium.models.attention import NAME as LEAN
 
 __all__ = ["RaggedCache", "RaggedStep", "unbatched_reason"]
@@ -188,6 +189,8 @@ def unbatched_reason(model: Any) -> str | None:
         return f"{type(model).__name__} does not take positions and a cache"
     if getattr(model, "_is_stateful", False) or kv_cache(config) is None:
         return f"{type(model).__name__} keeps more than keys and values (a recurrent, compressed or shared state)"
+    if any(part.remembers for layer in moe_layers(model) for part in layer.gate.parts):
+        return f"routers of this {type(model).__name__} keep what they saw of a sequence"
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         return f"{type(model).__name__} attends in chunks, which needs a mask even for one token"
     # the scaling follows the longest sequence of a forward, so neighbours in a batch would change it

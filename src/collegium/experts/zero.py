@@ -19,7 +19,20 @@ __all__ = ["ConstantExpert", "CopyExpert", "ZeroComputeExperts", "ZeroExpert"]
 
 @method("zero", kind="zero_expert", paper="AdaMoE (2024)", arxiv="2406.13233")
 class ZeroExpert(nn.Module):
-    """``0``: whoever chooses it computes less."""
+    """Nothing: whoever chooses it computes less.
+
+    Formula:
+        expert(x) = 0
+
+    Cost:
+        a row of the router.
+
+    Use it:
+        with more slots than experts are needed, to let a token do with fewer (AdaMoE's null experts).
+
+    Not:
+        without a loss on its use: a router may learn to send everything there, or nothing.
+    """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -31,7 +44,20 @@ class ZeroExpert(nn.Module):
 
 @method("copy", kind="zero_expert", paper="MoE++ (2024)", arxiv="2410.07348")
 class CopyExpert(nn.Module):
-    """``x``: the block passes its input on."""
+    """The block passes its input on.
+
+    Formula:
+        expert(x) = x
+
+    Cost:
+        a row of the router.
+
+    Use it:
+        beside experts that compute, for tokens that need no change (MoE++).
+
+    Not:
+        in place of the residual around the layer, which is there anyway.
+    """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -43,7 +69,20 @@ class CopyExpert(nn.Module):
 
 @method("constant", kind="zero_expert", paper="MoE++ (2024)", arxiv="2410.07348")
 class ConstantExpert(nn.Module):
-    """``a1 x + a2 v`` with ``[a1, a2] = softmax(W x)``: W ``[2, d]`` and v ``[d]`` are learnt."""
+    """A learnt mix of the input and of a learnt vector.
+
+    Formula:
+        expert(x) = a1 x + a2 v,  [a1, a2] = softmax(W x),  W [2, d] and v [d] learnt
+
+    Cost:
+        ``3 d`` parameters and about ``4 d`` multiplications for a token, beside a row of the router.
+
+    Use it:
+        beside experts that compute, for tokens of which little is left to say (MoE++).
+
+    Not:
+        alone: it knows one direction.
+    """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

@@ -56,6 +56,7 @@ class Drift:
     "drift",
     question="Does the load change in the course of the trace?",
     paper="total variation distance of windows from the whole (standard)",
+    iterated=True,
 )
 def drift(trace: Trace, windows: int = 20, *, seed: int = 0) -> list[Drift]:
     """The load of every traced layer in equal runs of rows, in the order they were recorded.

@@ -59,7 +59,7 @@ class Drops:
         return Estimate(float(self.ratio[place]), low, high)
 
 
-@metric("drops", question="Are tokens dropped, and where?", paper="OpenMoE (2024)", arxiv="2402.01739")
+@metric("drops", question="Are tokens dropped, and where?", paper="OpenMoE (2024)", arxiv="2402.01739", iterated=True)
 def drops(trace: Trace, *, bins: int = 16) -> list[Drops]:
     """Drop-towards-the-end: the share of empty slots along the sequence, in every traced layer.
 

@@ -39,17 +39,19 @@ def each_layer(trace: Trace, tokens: Tokens, function: Callable[[int, int, Array
     """``function(layer, E, experts [N, K])`` for every traced layer, in order; a few layers are in memory at a time.
 
     Raises:
-        TraceError: a token has one expert twice, so its experts are no set.
+        TraceError: a token has one expert more than once in an iteration of the layer.
     """
 
     def one(layer: int) -> T:
-        E = trace.meta.layer(layer).num_experts
+        entry = trace.meta.layer(layer)
+        E = entry.num_experts
         experts = tokens.experts(trace, layer)
-        repeat = _first_repeat(experts, E)
+        repeat = _first_repeat(experts, E, entry.iterations)
         if repeat >= 0:
             row = repeat if tokens.order is None else int(tokens.order[repeat])
+            often = "twice" if entry.iterations == 1 else f"more than {entry.iterations} times, once an iteration"
             raise TraceError(
-                f"{trace.folder}: row {row} lists an expert of layer {layer} twice ({experts[repeat].tolist()}); "
+                f"{trace.folder}: row {row} lists an expert of layer {layer} {often} ({experts[repeat].tolist()}); "
                 "a token's experts must differ"
             )
         return function(layer, E, experts)
@@ -59,15 +61,17 @@ def each_layer(trace: Trace, tokens: Tokens, function: Callable[[int, int, Array
 
 
 @njit(nogil=True, cache=True)
-def _first_repeat(experts: Array, E: int) -> int:
-    """The first token with an expert twice, or -1."""
+def _first_repeat(experts: Array, E: int, most: int) -> int:
+    """The first token with an expert more than `most` times, or -1."""
     N, K = experts.shape
     seen = np.full(E, -1)
+    times = np.zeros(E, np.int64)
     for t in range(N):
         for k in range(K):
             e = experts[t, k]
             if e < E:
-                if seen[e] == t:
+                times[e] = times[e] + 1 if seen[e] == t else 1
+                if times[e] > most:
                     return t
                 seen[e] = t
     return -1

@@ -83,6 +83,7 @@ class Load:
     question="How evenly are the experts used?",
     paper="Auxiliary-Loss-Free Load Balancing (2024)",
     arxiv="2408.15664",
+    iterated=True,
 )
 def load(trace: Trace, by: Literal["domain", "phase"] | None = None) -> list[Load]:
     """The load of every traced layer, in order.

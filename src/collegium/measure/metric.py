@@ -11,12 +11,13 @@ numbers a table shows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -43,12 +44,14 @@ class Result(Protocol):
 
 @dataclass(frozen=True)
 class Metric:
-    """A catalogued metric. `function` takes a trace (then, by need, a model or a second trace) and its own settings."""
+    """A catalogued metric. `function` takes a trace (then, by need, a model or a second trace) and its own settings;
+    `iterated` says that it understands layers of several iterations."""
 
     name: str
     question: str
     needs: frozenset[Need]
     function: Callable[..., Any]
+    iterated: bool = False
 
     def run(self, trace: Trace, *, model: Any = None, other: Trace | None = None) -> Any:
         """The result. `other` and `model` are handed on where they are taken."""
@@ -62,7 +65,13 @@ _metrics: dict[str, Metric] = {}
 
 
 def metric(
-    name: str, *, question: str, paper: str, arxiv: str | None = None, needs: Iterable[Need] = ()
+    name: str,
+    *,
+    question: str,
+    paper: str,
+    arxiv: str | None = None,
+    needs: Iterable[Need] = (),
+    iterated: bool = False,
 ) -> Callable[[F], F]:
     """Catalogue a function as a metric.
 
@@ -72,13 +81,27 @@ def metric(
         paper: source of the definition (year).
         arxiv: its id.
         needs: what it needs besides experts and weights.
+        iterated: it counts assignments, so that an expert may stand among a token's several times: in layers that
+            route several times in a forward. Called on a trace of such a layer, other metrics raise TraceError.
     """
 
     def catalogue(function: F) -> F:
-        _metrics[name] = Metric(name, question, frozenset(needs), function)
-        return method(name, kind="metric", paper=paper, arxiv=arxiv)(function)
+        guarded = function if iterated else _of_one_routing(name, function)
+        _metrics[name] = Metric(name, question, frozenset(needs), guarded, iterated)
+        return method(name, kind="metric", paper=paper, arxiv=arxiv)(guarded)
 
     return catalogue
+
+
+def _of_one_routing(name: str, function: F) -> F:
+    @functools.wraps(function)
+    def guarded(trace: Trace, *args: Any, **kwargs: Any) -> Any:
+        for one in (trace, *args):
+            if isinstance(one, Trace):
+                one.meta.need_one_routing(f"the metric {name!r}")
+        return function(trace, *args, **kwargs)
+
+    return cast("F", guarded)
 
 
 def metrics() -> list[Metric]:
@@ -103,6 +126,8 @@ def find_metric(name: str) -> Metric:
 
 def missing_needs(wanted: Metric, trace: Trace) -> str | None:
     """Why `trace` cannot answer `wanted`, and what to do; None if it can. Does not look for "model" and "other"."""
+    if not wanted.iterated and any(layer.iterations > 1 for layer in trace.meta.layers):
+        return "reads one routing of a layer, and layers of this trace route several times for a token"
     if "logits" in wanted.needs and not trace.meta.has("logits"):
         return "needs router logits; record with --logits"
     if "gate_inputs" in wanted.needs and not trace.meta.has("gate_input"):

@@ -61,6 +61,7 @@ class DomainInformation:
     paper="OpenMoE (2024)",
     arxiv="2402.01739",
     needs={"domains"},
+    iterated=True,
 )
 def domain_information(trace: Trace, *, shuffles: int = 20, seed: int = 0) -> list[DomainInformation]:
     """I(domain; expert) of every traced layer with a shuffled control.

@@ -116,6 +116,7 @@ class EarlyRouting:
     paper="OpenMoE (2024)",
     arxiv="2402.01739",
     needs={"other"},
+    iterated=True,
 )
 def early_routing(trace: Trace, other: Trace, *, min_hits: int = 20, seed: int = 0) -> list[EarlyRouting]:
     """Early routing learning: expert shares of each token id in an early and a late checkpoint.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from collegium.balance import BalanceConfig
+from collegium.balance import Balance, BalanceConfig
 from collegium.catalog import methods
 from collegium.named import nearest
 from collegium.routing import Router, build_gates, build_router, router_from
@@ -85,13 +86,14 @@ class MoEConfig(BaseModel):
             raise ValueError(f"no zero-computation expert is named {unknown[0]!r}; {nearest(unknown[0], known)}")
         every = self.num_experts + len(self.zero_experts)
         if self.num_experts_per_tok > every:
-            raise ValueError(f"num_experts_per_tok = {self.num_experts_per_tok} of num_experts = {every}")
+            raise ValueError(
+                f"num_experts_per_tok = {self.num_experts_per_tok} of num_experts = {every}; it is 1 to {every}"
+            )
         if self.router is not None:
             fields = type(self).model_fields
             if given := [name for name in _REPLACED if getattr(self, name) != fields[name].default]:
                 raise ValueError(f"router names the parts itself; leave out {', '.join(given)}")
-            with torch.device("meta"):
-                self.build_gates(8)  # refuses parts that do not fit
+        self._build_once(every)
         if self.n_shared_experts and self.shared_expert_intermediate_size:
             raise ValueError("set n_shared_experts or shared_expert_intermediate_size, not both")
         if self.shared_expert_gate and not self.shared_width:
@@ -99,6 +101,13 @@ class MoEConfig(BaseModel):
         if self.selection_bias is False and self.balance.bias_update_rate:
             raise ValueError("balance.bias_update_rate needs the selection bias that selection_bias = false forbids")
         return self
+
+    def _build_once(self, every: int) -> None:
+        """Refuse parts that do not fit one another or the layer, before any data are read."""
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # who builds the layer is warned
+            self.build_gates(8)
+        Balance(self.balance, every)
 
     @property
     def shared_width(self) -> int:

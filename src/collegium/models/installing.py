@@ -15,7 +15,7 @@ from collegium.errors import ConfigError, NotMoEError, UnsupportedFamilyError
 from collegium.layer import link_layers, moe_layers
 from collegium.models.blocks import Block, BlockMoE, decoder_blocks, family_of, moe_blocks, probe
 from collegium.models.config import MoEConfig
-from collegium.models.decoding import give_memory, give_mixing, refuse_decoding
+from collegium.models.decoding import give_memory, give_mixing, give_positions, refuse_decoding
 from collegium.models.wrapping import wrap_block
 
 __all__ = ["install"]
@@ -106,6 +106,8 @@ def _connect(model: PreTrainedModel, blocks: list[tuple[Block, BlockMoE]]) -> No
         give_mixing(model, [(moe, _attention(block, model)) for block, moe in mixing])
     if any(not (part.causal or part.remembers) for _, moe in blocks for part in moe.gate.parts):
         refuse_decoding(model, [moe for _, moe in blocks])
+    if any(part.uses_position for _, moe in blocks for part in moe.gate.parts):
+        give_positions(model, [moe for _, moe in blocks])
     if any(part.remembers for _, moe in blocks for part in moe.gate.parts):
         give_memory(model, [moe for _, moe in blocks])
 

@@ -45,7 +45,12 @@ class Geometry:
 
     @classmethod
     def of_trace(cls, meta: TraceMeta) -> Geometry:
-        """The traced layers."""
+        """The traced layers.
+
+        Raises:
+            TraceError: one routes several times in a forward, where an engine serves one routing of a layer.
+        """
+        meta.need_one_routing("offloading")
         found: Sequence[Any] = meta.layers
         return cls(
             experts=tuple(entry.num_experts for entry in found),

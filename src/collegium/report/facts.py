@@ -60,8 +60,11 @@ def expert_bytes(summary: Summary | None) -> int | None:
 def layers_in_words(trace: Trace) -> str:
     """How many MoE layers, with how many experts; layers that are alike together."""
     parts = []
-    for (E, K), group in groupby(trace.meta.layers, lambda entry: (entry.num_experts, entry.top_k)):
-        parts.append(f"{_span([entry.layer for entry in group])}: {E} experts, {K} per token")
+    for (E, K, C), group in groupby(
+        trace.meta.layers, lambda entry: (entry.num_experts, entry.top_k, entry.iterations)
+    ):
+        each = f"{K} per token" if C == 1 else f"{K // C} per token in each of {C} iterations"
+        parts.append(f"{_span([entry.layer for entry in group])}: {E} experts, {each}")
     shown = parts if len(parts) <= 4 else [*parts[:3], f"and {len(parts) - 3} more kinds"]
     return f"{len(trace.layers)} ({'; '.join(shown)})"
 

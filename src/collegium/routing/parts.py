@@ -84,6 +84,7 @@ class Part:
         batch_invariant: a token's routing does not depend on the other tokens of the batch (at inference).
         train_only: has no meaning at inference.
         needs_attention, needs_documents, needs_previous_layer: which part of `RoutingContext` it cannot do without.
+        uses_position: at inference it looks at ``RoutingContext.position`` where there is one.
         remembers: it keeps something of the past in ``RoutingContext.memory`` when a model decodes with a cache.
         needs_correction_bias: the router must own an ``e_score_correction_bias``.
         symmetric: experts that change places take their tokens with them. False where an expert's id means something.
@@ -97,6 +98,7 @@ class Part:
     needs_attention: ClassVar[bool] = False
     needs_documents: ClassVar[bool] = False
     needs_previous_layer: ClassVar[bool] = False
+    uses_position: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
     needs_correction_bias: ClassVar[bool] = False
     symmetric: ClassVar[bool] = True
@@ -120,14 +122,16 @@ class Part:
         Raises:
             ConfigError: names the part and the field of `RoutingContext`.
         """
-        needs = {
-            "mix": self.needs_attention,
-            "document": self.needs_documents,
-            "previous": self.needs_previous_layer,
-        }
-        for name, needed in needs.items():
+        needs = (
+            ("mix", self.needs_attention, "install the layer in a model, whose attention gives it"),
+            ("document", self.needs_documents, "call the model inside collegium.layer.use_context, with document ids"),
+            ("previous", self.needs_previous_layer, "call collegium.layer.link_layers on the model"),
+        )
+        for name, needed, hint in needs:
             if needed and getattr(context, name) is None:
-                raise ConfigError(f"{type(self).__name__} needs RoutingContext.{name}, which is None")
+                raise ConfigError(
+                    f"{type(self).__name__} needs RoutingContext.{name}, which is None in layer {context.layer}; {hint}"
+                )
 
 
 class Score(Part, ABC):
@@ -215,4 +219,4 @@ def check_parts(parts: Iterable[Part], *, inference: bool = False, causal_decodi
         if causal_decoding and not part.causal and not part.remembers:
             wrong.append(f"{name} lets a token's routing depend on later tokens, which causal decoding has not seen")
     if wrong:
-        raise ConfigError("; ".join(wrong) + "; configure the router without")
+        raise ConfigError("; ".join(dict.fromkeys(wrong)) + "; configure the router without")

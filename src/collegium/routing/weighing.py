@@ -23,7 +23,21 @@ __all__ = ["Raw", "Renormalised", "SoftmaxSelected"]
 @method("raw", kind="weigh", paper="Switch Transformers (2021)", arxiv="2101.03961")
 @dataclass(frozen=True)
 class Raw(Weigh):
-    """The probability itself."""
+    """The probability itself.
+
+    Formula:
+        w_e = p_e
+
+    Cost:
+        none.
+
+    Use it:
+        with one expert a token, where it is all that the task's gradient reaches, and where the paper does.
+
+    Not:
+        to go on with a checkpoint that was trained on renormalised weights, or the other way round: they are different
+        models. Under a softmax over many experts weights are small at first.
+    """
 
     def __call__(self, scores: Scores, index: Tensor, context: RoutingContext) -> Tensor:
         return scores.probs.gather(-1, index)
@@ -33,6 +47,18 @@ class Raw(Weigh):
 @dataclass(frozen=True)
 class Renormalised(Weigh):
     """The probability divided by the sum over the token's chosen experts (``norm_topk_prob`` in transformers).
+
+    Formula:
+        w_e = p_e / max(epsilon + sum of p over the chosen, minimum)
+
+    Cost:
+        none.
+
+    Use it:
+        with two experts a token or more, so that the scale of the output does not depend on how sure the router is.
+
+    Not:
+        with one expert a token: the weight is the constant 1, and the task gives the router no gradient.
 
     Attributes:
         epsilon: added to the sum.
@@ -51,7 +77,20 @@ class Renormalised(Weigh):
 @method("softmax_selected", kind="weigh", paper="Sparsely-Gated Mixture-of-Experts (2017)", arxiv="1701.06538")
 @dataclass(frozen=True)
 class SoftmaxSelected(Weigh):
-    """A softmax over the chosen experts' logits only (gpt-oss, GraniteMoE)."""
+    """A softmax over the chosen experts' logits only (gpt-oss, GraniteMoE).
+
+    Formula:
+        w_e = exp(z_e) / sum of exp(z_i) over the chosen
+
+    Cost:
+        none.
+
+    Use it:
+        to follow families that do; under a softmax score it is the renormalised probability, computed in one step.
+
+    Not:
+        with one expert a token: the weight is the constant 1, and the task gives the router no gradient.
+    """
 
     def __call__(self, scores: Scores, index: Tensor, context: RoutingContext) -> Tensor:
         return scores.logits.gather(-1, index).softmax(-1)

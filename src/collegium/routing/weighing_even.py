@@ -16,7 +16,20 @@ __all__ = ["Even"]
 @method("even", kind="weigh", paper="THOR (2021)", arxiv="2110.04260")
 @dataclass(frozen=True)
 class Even(Weigh):
-    """One divided by the number of the token's experts, whatever the router thinks; it learns nothing by this."""
+    """One divided by the number of the token's experts, whatever the router thinks.
+
+    Formula:
+        w_e = 1 / number of the token's experts
+
+    Cost:
+        none; the task's gradient does not reach the router.
+
+    Use it:
+        where experts are drawn by chance, as in THOR.
+
+    Not:
+        with a router that should learn.
+    """
 
     learns = False
 

@@ -21,6 +21,18 @@ class RenormalisedExcept(Weigh):
     nothing and weigh nothing: null experts (AdaMoE), the zero expert (MoE++, which keeps copy and constant experts in).
     A token that chose none of the others gets weights of 0.
 
+    Formula:
+        w_e = p_e / sum of p over the chosen with e < E - last;  w_e = 0 for e >= E - last
+
+    Cost:
+        none.
+
+    Use it:
+        with zero-computation experts that give nothing, so that choosing one does not shrink the others' outputs.
+
+    Not:
+        without such experts: the last ones of the layer would never be heard.
+
     Attributes:
         last: how many experts, from the highest id down, are left out.
     """

@@ -16,11 +16,29 @@ __all__ = ["AdaMoE"]
 @dataclass(frozen=True)
 class AdaMoE(System):
     """Null experts that compute nothing, and more slots for a token, so that its number of true experts follows the
-    token: ``K * E / (E + null)`` on average. Weights add up to 1 over the true ones.
+    token. Weights add up to 1 over the true ones.
+
+    Formula:
+        K' = round(K (E + m) / E) slots of a token, m null experts
+        p = softmax(W x) over E + m experts, top-K' of p
+        w_e = p_e / sum of p over the chosen true experts;  a null expert adds nothing
+        loss = c (E + m) sum_e f_e P_e, where f_e of a null expert is the mean over all of them
+
+    Cost:
+        m rows more in the router. A token has K true experts on average where loads are even, as in the plain layer;
+        one that takes null experts has fewer.
+
+    Use it:
+        where easy tokens should cost less than hard ones; m and the slots set how much computation there is to move
+        between them.
+
+    Not:
+        where every token has to take the same time, or in a trained model without care: new rows of the router take
+        probability from its experts at once. A token that chooses null experts only gets nothing from the layer.
 
     Attributes:
         null: m null experts; None is E, which doubles the slots.
-        load_balancing: coefficient of the loss in which null experts count as one kind.
+        load_balancing: c, coefficient of the loss in which null experts count as one kind.
     """
 
     null: int | None = None

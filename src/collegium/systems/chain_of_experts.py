@@ -18,13 +18,28 @@ class ChainOfExperts(System):
     """The experts of a layer in sequence: C iterations with a router each and ``K / C`` experts of a token in each, as
     many in all as in the plain layer. Softmax weights are not renormalised.
 
-    The routers of the later iterations are parameters more, ``(C - 1) * E * d`` of them; shared experts, where there
-    are some, run in every iteration.
+    Formula:
+        x^0 = x
+        x^t = x^(t-1) + sum_e p^t_e expert_e(x^(t-1)),  p^t = softmax(W^t x^(t-1)), top-K/C of p^t,  t = 1 ... C
+        y = x^C
+        loss = c E sum_e f_e P_e within each sequence, the mean over iterations
+
+    Cost:
+        ``(C - 1) * E * d`` parameters of routers more and the same computation of experts, but C dispatches that wait
+        for each other. Shared experts, where there are some, run in every iteration.
+
+    Use it:
+        where a layer has many small experts and several active, so that C choices in a row reach more combinations than
+        one.
+
+    Not:
+        where the time of a dispatch counts more than computation (one token at a time, experts spread over devices);
+        nor with routers that average as the attention does or keep something of the past, which is refused.
 
     Attributes:
         iterations: C; divides K.
         inner_residual: an iteration's input is added to its output; without it the paper finds no gain.
-        load_balancing: coefficient of the loss within sequences, of each iteration.
+        load_balancing: c, coefficient of the loss within sequences, of each iteration.
     """
 
     iterations: int = 2

@@ -15,16 +15,30 @@ __all__ = ["DeepSeekMoE"]
 @method("deepseek_moe", kind="system", paper="DeepSeekMoE (2024)", arxiv="2401.06066")
 @dataclass(frozen=True)
 class DeepSeekMoE(System):
-    """Every expert cut into `segments` finer ones, of which `shared` see every token; as many parameters and as much
-    computation as before: ``segments * E - shared`` routed experts of width ``f / segments``, of which
-    ``segments * K - shared``. Softmax weights are not renormalised.
+    """Every expert cut into finer ones, of which some see every token; as many parameters and as much computation as
+    before. Softmax weights are not renormalised.
+
+    Formula:
+        m E - S routed experts of width f / m, of which a token has m K - S, and S shared ones
+        p = softmax(W x)
+        y = sum of p_e expert_e(x) over the top m K - S of p  +  sum_s shared_s(x)
+        loss = c1 E' sum_e f_e P_e + c2 E' sum_e f'_e P_e, where E' = m E - S and f'_e is the mean of f over e's device
+
+    Cost:
+        a router with about m times as many rows, and m times as many rows to dispatch, each to a product 1 / m as
+        large.
+
+    Use it:
+        where many combinations of small experts pay, as in DeepSeek's models.
+
+    Not:
+        where a step has few tokens for each expert: small products leave a processor idle.
 
     Attributes:
-        segments: m, what an expert is cut into.
+        segments: m, what an expert is cut into; divides f.
         shared: S, always-on experts.
-        expert_balance, device_balance: coefficients of the losses between experts and between devices (0.003 and 0.05
-            in the largest model).
-        devices: groups of experts that lie together; 1 has no loss between them.
+        expert_balance, device_balance: c1 between experts and c2 between devices (0.003 and 0.05 in the largest model).
+        devices: groups of neighbouring experts that lie together; with a loss between them it divides ``m E - S``.
     """
 
     segments: int = 4

@@ -17,9 +17,27 @@ class EMO(System):
     """Tokens of a document share a pool of experts in training, so that a few experts are enough for a domain later.
     The balance loss counts over the whole batch: a narrower one would work against the pools.
 
+    Formula:
+        pool of a document = the m experts of the largest mean softmax(W x) over it,  m ~ U{smallest ... largest}
+        p = softmax(W x) over the pool, 0 outside of it, top-K of p;  w_e = p_e
+        loss = c E sum_e f_e P_e over the whole batch + b mean_t(logsumexp_e(z_te)^2)
+
+    Cost:
+        a mean and a ranking of the experts for each document and layer in training; nothing at inference, where there
+        is no pool unless `eval_size` says so.
+
+    Use it:
+        where the model is to be cut down to the experts of a domain, or experts are to stand for domains.
+
+    Not:
+        where documents cannot be told apart (training needs their ids), or where routing in training may not look at
+        later tokens: the pool is that of the whole document.
+
     Attributes:
-        smallest, largest, eval_size: see `DocumentPool`.
-        load_balancing, z_loss: coefficients.
+        smallest, largest: bounds of the pool's size, both included; None is K and E.
+        eval_size: size of the pool at inference, which the prompt chooses; None is no pool.
+        load_balancing: c, coefficient of the loss between experts.
+        z_loss: b, coefficient of the loss on large logits.
     """
 
     smallest: int | None = None

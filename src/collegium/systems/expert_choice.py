@@ -15,8 +15,21 @@ __all__ = ["ExpertChoiceSystem"]
         arxiv="2202.09368")  # fmt: skip
 @dataclass(frozen=True)
 class ExpertChoiceSystem(System):
-    """Experts choose their tokens, so that all are loaded alike without a loss. Not for causal decoding: who is chosen
-    depends on later tokens.
+    """Experts choose their tokens, so that all are loaded alike without a loss.
+
+    Formula:
+        p = softmax(W x);  expert e takes the ceil(capacity_factor T K / E) tokens of the largest p_te;  w_te = p_te
+
+    Cost:
+        no parameters and no loss; with a factor of 1 as much computation as K experts a token, spread unevenly over
+        tokens.
+
+    Use it:
+        where all tokens are there at once: encoders, images, or training for its even load.
+
+    Not:
+        for text generated left to right: who is chosen depends on later tokens and on the rest of the batch, so a model
+        that goes on from a cache refuses.
 
     Attributes:
         capacity_factor: tokens of an expert, as a multiple of an even share.

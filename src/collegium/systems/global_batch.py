@@ -17,9 +17,22 @@ class GlobalBatch(System):
     """Softmax top-k with a load-balancing loss whose counts are those of all processes and micro-batches: a narrower
     scope forbids experts of a domain.
 
+    Formula:
+        p = softmax(W x), top-K of p;  w_e = p_e / sum of p over the chosen
+        loss = c E sum_e f_e P_e,  f over all tokens of the optimizer step so far, P over those of the micro-batch
+
+    Cost:
+        one sum of ``E + 1`` integers a layer and micro-batch over the processes, of all layers in one message.
+
+    Use it:
+        where a batch holds several domains: experts may then specialise in one as long as the whole is even.
+
+    Not:
+        where each device must be loaded evenly in each micro-batch, which a narrower scope asks for and this does not.
+
     Attributes:
-        load_balancing: coefficient.
-        scope: "global", or what it is compared with.
+        load_balancing: c, coefficient of the loss.
+        scope: of the counts: "global", or what it is compared with.
     """
 
     load_balancing: float = 0.01

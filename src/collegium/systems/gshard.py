@@ -14,8 +14,8 @@ __all__ = ["GShard", "RandomTokenSelection"]
 @dataclass(frozen=True)
 class _Limited(System):
     """Attributes:
-    capacity_factor: places, as a multiple of an even share.
-    load_balancing: coefficient.
+    capacity_factor: places in training, as a multiple of an even share; at inference nobody is dropped.
+    load_balancing: c, coefficient of the loss.
     """
 
     capacity_factor: float = 1.25
@@ -36,9 +36,24 @@ class _Limited(System):
 class GShard(_Limited):
     """Top-k with a limited number of places: first choices before second ones, earlier tokens of the batch first.
 
+    Formula:
+        p = softmax(W x), top-K of p;  w_e = p_e / sum of p over the chosen, those without a place included
+        places of an expert in training = ceil(capacity_factor T K / E), in the order of choice, then of the batch
+        loss = c E sum_e f_e P_e,  f before anyone is dropped
+
+    Cost:
+        no parameters. Tokens that find no place are not computed, so an expert never has more than its places.
+
+    Use it:
+        where buffers of experts must have a fixed size, or as the baseline that most papers mean.
+
+    Not:
+        where experts take any number of tokens, as ours do: a limit then only loses some, late sequences of a batch
+        first.
+
     Attributes:
-        capacity_factor: places, as a multiple of an even share.
-        load_balancing: coefficient.
+        capacity_factor: places in training, as a multiple of an even share; at inference nobody is dropped.
+        load_balancing: c, coefficient of the loss.
     """
 
     def settings(self, layer: Layer) -> dict[str, Any]:
@@ -52,9 +67,23 @@ class RandomTokenSelection(_Limited):
     """Top-k with a limited number of places that go by chance, so that late tokens are not always those that are
     dropped (Z-code M3).
 
+    Formula:
+        p = softmax(W x), top-K of p;  w_e = p_e / sum of p over the chosen, those without a place included
+        places of an expert in training = ceil(capacity_factor T K / E), in a random order
+        loss = c E sum_e f_e P_e,  f before anyone is dropped
+
+    Cost:
+        that of `gshard` and one random order of the assignments a layer.
+
+    Use it:
+        in place of `gshard` where the end of a batch or sequence matters as much as its beginning.
+
+    Not:
+        where second choices should give way to first ones: chance does not tell them apart.
+
     Attributes:
-        capacity_factor: places, as a multiple of an even share.
-        load_balancing: coefficient.
+        capacity_factor: places in training, as a multiple of an even share; at inference nobody is dropped.
+        load_balancing: c, coefficient of the loss.
     """
 
     def settings(self, layer: Layer) -> dict[str, Any]:

@@ -16,9 +16,26 @@ __all__ = ["LossFree"]
 class LossFree(System):
     """Sigmoid scores and a bias that only the selection sees, moved after each step; no loss.
 
+    Formula:
+        s = sigmoid(W x), top-K of s + b;  w_e = s_e / sum of s over the chosen
+        after optimizer step n: b_e += rate / n^decay sign(mean load - load_e)
+
+    Cost:
+        E numbers a layer, and one sum of the counts over the processes a step. The task's gradient is left alone.
+
+    Use it:
+        where a loss strong enough to balance costs quality; usual in models of many experts since DeepSeek-V3.
+
+    Not:
+        with few tokens a step, where the sign of the error is mostly noise. The rate fits sigmoid scores: another score
+        needs another.
+
     Attributes:
-        rate, error, decay, centred, cap: see `LossFreeBias`; the theory's rules are ``error`` with ``decay`` 0
-            (constant), 0.5 (``u / sqrt(n)``) and 1 (``u / n``).
+        rate: of the bias in a step, in units of the score.
+        error: "sign", or "proportional" to the error over the mean load, which settles instead of swinging.
+        decay: of the rate: 0 is constant, 0.5 and 1 are the other schedules of the primal-dual theory (2512.03915).
+        centred: keep the mean of the bias at zero (Ling 2.0).
+        cap: largest ``|b_e|``, above which the bias is scaled down as a whole; None is no limit.
         load_balancing: coefficient of a small loss beside it, within sequences (DeepSeek-V3: 1e-4); 0 is none.
     """
 

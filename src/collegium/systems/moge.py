@@ -15,11 +15,24 @@ __all__ = ["MoGE"]
 @dataclass(frozen=True)
 class MoGE(System):
     """The same number of experts from every group, so that devices that hold a group each are loaded alike whatever the
-    tokens are; weights are those of a softmax over all experts, not renormalised.
+    tokens are.
+
+    Formula:
+        p = softmax(W x) over all experts;  the top K / M of p in each of M groups of neighbours;  w_e = p_e
+        loss = c E sum_e f_e P_e
+
+    Cost:
+        none beside the plain layer's. Weights add up to no more than those of the plain choice.
+
+    Use it:
+        where experts are spread over devices and a step waits for the fullest one.
+
+    Not:
+        on one device: the groups only forbid the better choice. Experts cannot change groups once the model is trained.
 
     Attributes:
-        groups: as many as devices; None takes K groups, one expert from each.
-        load_balancing: coefficient of the loss between experts.
+        groups: M, as many as devices; divides E and K; None takes K groups, one expert from each.
+        load_balancing: c, coefficient of the loss between experts.
     """
 
     groups: int | None = None

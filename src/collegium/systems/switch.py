@@ -17,9 +17,23 @@ class Switch(System):
     """One expert a token, K times as wide and 1 / K as many as in the plain layer, with a limited number of places in
     the order of the batch; who finds none passes by.
 
+    Formula:
+        p = softmax(W x) over E / K experts of width K f;  y = p_e expert_e(x) of the likeliest
+        places of an expert in training = ceil(capacity_factor T / (E / K))
+        loss = c E/K sum_e f_e P_e,  f before anyone is dropped
+
+    Cost:
+        that of the plain layer, with 1 / K of the rows to dispatch and of the router.
+
+    Use it:
+        where moving tokens costs more than computing: one expert a token is the least there is.
+
+    Not:
+        where combinations of experts are wanted; and K must divide E.
+
     Attributes:
-        capacity_factor: places, as a multiple of an even share.
-        load_balancing: coefficient.
+        capacity_factor: places in training, as a multiple of an even share; at inference nobody is dropped.
+        load_balancing: c, coefficient of the loss.
     """
 
     capacity_factor: float = 1.25

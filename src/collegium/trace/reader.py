@@ -47,7 +47,8 @@ class TracePart:
     def experts(self, layer: int) -> Array:
         """``[N, K]`` expert ids of `layer`, uint8 or uint16; unused slots hold the sentinel E.
 
-        K is the layer's top_k, or more where a token has more.
+        K is the layer's top_k, or more where a token has more. A layer of several iterations has the slots of all of
+        them, one after another, and may name an expert once in each.
 
         Raises:
             TraceError: an id is not below E.

@@ -48,7 +48,8 @@ def record(
     """Run `model` over `batches` in eval mode and record where every token goes. All rows are of phase "prefill".
 
     Args:
-        model: any model `collegium.sites.sites` finds blocks in, one block a decoder layer.
+        model: any model `collegium.sites.sites` finds blocks in, one block a decoder layer. Of a block that routes
+            several times in a forward all iterations are recorded, without logits and gate inputs.
         batches: dicts with ``input_ids [B, S]``; optional ``attention_mask [B, S]`` (0 is padding and is not stored),
             ``position [B, S]`` (handed to the model as ``position_ids``; else the place among the real tokens),
             ``domain`` (index into `domains`), ``document`` and ``sequence`` ids, each ``[B]`` or ``[B, S]``

@@ -5,6 +5,7 @@ Legend: B sequences, S tokens of a sequence, T = B * S, N rows that are stored, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from collegium.routing import Routing
 from collegium.trace.schema import LayerMeta
 from collegium.trace.store import LayerRows
 
-__all__ = ["layer_rows", "spread"]
+__all__ = ["in_sequence", "layer_rows", "spread"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -64,6 +65,30 @@ def layer_rows(
         gate_input=None if gate_input is None else gate_input.cpu().numpy(),
         dropped=None if lost is None else lost.to(small).cpu().numpy(),
         dropped_lengths=lost_lengths,
+    )
+
+
+def in_sequence(routings: Sequence[Routing]) -> Routing:
+    """What a layer decided in its iterations as one record: the assignments of a token in the first of them, then
+    those in the second, and so on. A token may then name an expert once for each; logits and probabilities, which are
+    of one routing, are left out where there are several."""
+    first = routings[0]
+    if len(routings) == 1:
+        return first
+    token = torch.cat([one.token for one in routings])
+    order = token.argsort(stable=True)
+    kept = None
+    if any(one.kept is not None for one in routings):
+        kept = torch.cat([torch.ones_like(one.expert) > 0 if one.kept is None else one.kept for one in routings])[order]
+    slots = [one.slots for one in routings if one.slots is not None]
+    return Routing(
+        expert=torch.cat([one.expert for one in routings])[order],
+        weight=torch.cat([one.weight for one in routings])[order],
+        num_tokens=first.num_tokens,
+        num_experts=first.num_experts,
+        slots=sum(slots) if len(slots) == len(routings) else None,
+        ragged_token=token[order],
+        kept=kept,
     )
 
 

@@ -21,7 +21,7 @@ from collegium.rng import generator
 from collegium.routing import Routing
 from collegium.sites import Order, Site, sites, tap
 from collegium.trace.reader import Trace
-from collegium.trace.rows import layer_rows, spread
+from collegium.trace.rows import in_sequence, layer_rows, spread
 from collegium.trace.schema import META, LayerMeta, TraceMeta, column_names
 from collegium.trace.store import TraceWriter, remove_trace
 
@@ -58,7 +58,7 @@ class Run:
         self.device = next(model.parameters()).device
         self.writer: TraceWriter
         self.step = self.seen = self.sequences = 0
-        self._routing: dict[int, Routing] = {}
+        self._routing: dict[int, list[Routing]] = {}
         self._inputs: dict[int, Tensor] = {}
         self._chosen: Tensor | None = None
         self._sampled: Array | None = None
@@ -75,7 +75,7 @@ class Run:
         try:
             with (
                 TraceWriter(self.out, self.meta, resume=stored, part_seconds=self.part_seconds) as self.writer,
-                tap(self.model, self, logits=self.logits),
+                tap(self.model, self, logits=self.logits, iterated=True),
                 torch.no_grad(),
             ):
                 yield stored
@@ -94,9 +94,10 @@ class Run:
     def __call__(self, site: Site, x: Tensor, routing: Routing) -> None:
         if self._chosen is None:
             return
-        if site.layer in self._routing:
+        routings = self._routing.setdefault(site.layer, [])
+        if len(routings) == site.iterations:
             raise ModelError(f"{site.path} ran twice in one forward; a trace has one entry a token and layer")
-        self._routing[site.layer] = routing
+        routings.append(routing)
         if self._sampled is not None:
             rows = self._chosen.to(x.device)[torch.from_numpy(self._sampled).to(x.device)]
             self._inputs[site.layer] = x[rows].float()
@@ -107,9 +108,10 @@ class Run:
         assert chosen is not None
         layers = []
         for entry in self.meta.layers:
-            routing = self._routing.pop(entry.layer, None)
-            if routing is None:
+            routings = self._routing.pop(entry.layer, [])
+            if len(routings) != entry.iterations:
                 raise ModelError(f"{entry.path} did not run; a trace needs every MoE layer in every forward")
+            routing = in_sequence(routings)
             if routing.num_tokens != num_tokens or routing.num_experts != entry.num_experts:
                 raise ModelError(
                     f"{entry.path} routed {routing.num_tokens} tokens over {routing.num_experts} experts; the batch "
@@ -150,7 +152,7 @@ def _meta(
     data: str,
     domains: Sequence[str],
 ) -> TraceMeta:
-    found = sites(model)
+    found = sites(model, iterated=True)
     layers = [site.layer for site in found]
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) or len(set(layers)) != len(layers):
@@ -158,8 +160,21 @@ def _meta(
             f"a trace has one stream of tokens and one MoE block a layer; {type(model).__name__} (family "
             f"{found[0].family!r}) has several: {', '.join(site.path for site in found[:4])}"
         )
+    several = [site for site in found if site.iterations > 1]
+    if several and (logits or gate_inputs):
+        raise UnsupportedFamilyError(
+            f"the MoE block {several[0].path!r} routes {several[0].iterations} times in a forward, and a trace holds "
+            "router logits and gate inputs of one routing only; record without them"
+        )
     entries = [
-        LayerMeta(layer=site.layer, path=site.path, num_experts=site.num_experts, top_k=site.top_k, score=site.score)
+        LayerMeta(
+            layer=site.layer,
+            path=site.path,
+            num_experts=site.num_experts,
+            top_k=site.top_k * site.iterations,
+            score=site.score,
+            iterations=site.iterations,
+        )
         for site in sorted(found, key=lambda site: site.layer)
     ]
     if not domains or len(set(domains)) != len(domains):

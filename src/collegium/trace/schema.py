@@ -18,7 +18,8 @@ Columns of every part:
     gate_input_{l}                  list     what the router saw, float32 (only if asked for; null where not sampled)
 
 Unused slots are not stored, and ``expert`` holds no assignment that a capacity limit dropped: the lists are then
-shorter. Padding is not stored either.
+shorter. Padding is not stored either. A layer that routes several times in a forward lists what it decided in its
+iterations one after another, so that an expert may stand there once for each; logits and gate inputs are not stored.
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from collegium.errors import TraceError
 from collegium.files import atomic_file
@@ -70,7 +79,16 @@ _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class LayerMeta(BaseModel):
-    """One MoE layer of the traced model: index of the decoder layer, module path, E, nominal K, score function."""
+    """One MoE layer of the traced model.
+
+    Attributes:
+        layer: index of the decoder layer.
+        path: module path.
+        num_experts: E.
+        top_k: K, the nominal slots of a token, those of all iterations together.
+        score: score function.
+        iterations: how often the layer routes in a forward; not written where it is 1, as most layers do.
+    """
 
     model_config = _STRICT
 
@@ -79,6 +97,21 @@ class LayerMeta(BaseModel):
     num_experts: int = Field(ge=1, le=1 << 16)
     top_k: int = Field(ge=1, le=1 << 16)
     score: str
+    iterations: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _even(self) -> LayerMeta:
+        if self.top_k % self.iterations:
+            raise ValueError(f"top_k {self.top_k} must be a multiple of the {self.iterations} iterations")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # readers from before there were iterations refuse a field they do not know, and should where it matters only
+        body: dict[str, Any] = fields(self)
+        if self.iterations == 1:
+            body.pop("iterations", None)
+        return body
 
 
 class TraceMeta(BaseModel):
@@ -127,6 +160,9 @@ class TraceMeta(BaseModel):
         asked = {"logits": self.has("logits"), "gate_inputs": self.has("gate_input"), "dropped": self.has("dropped")}
         if self.columns != column_names(numbers, **asked):
             raise ValueError(f"columns {self.columns} do not fit the layers {numbers}")
+        several = [layer.layer for layer in self.layers if layer.iterations > 1]
+        if several and (self.has("logits") or self.has("gate_input")):
+            raise ValueError(f"layers {several} have several iterations, whose logits and gate inputs are not stored")
         if self.complete and (self.tokens is None or self.parts is None):
             raise ValueError("a complete trace must say how many tokens and parts it has")
         return self
@@ -134,6 +170,19 @@ class TraceMeta(BaseModel):
     def has(self, kind: Literal["logits", "gate_input", "dropped"]) -> bool:
         """Whether that optional column is there for every layer."""
         return any(name.startswith(f"{kind}_") for name in self.columns)
+
+    def need_one_routing(self, reader: str) -> None:
+        """Refuse layers that route several times, in the name of a reader that takes a token's experts for a set.
+
+        Raises:
+            TraceError: names the reader and the layer.
+        """
+        for entry in self.layers:
+            if entry.iterations > 1:
+                raise TraceError(
+                    f"{reader} reads one routing of a layer, and layer {entry.layer} of this trace routes "
+                    f"{entry.iterations} times for a token; it has no answer for such a model"
+                )
 
     def layer(self, layer: int) -> LayerMeta:
         """The entry of decoder layer `layer`.

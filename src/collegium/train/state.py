@@ -30,7 +30,7 @@ from collegium.errors import CheckpointError
 from collegium.files import atomic_dir
 from collegium.train.recipe import Recipe
 
-__all__ = ["Progress", "latest", "load_optimizer", "read_recipe", "save_state"]
+__all__ = ["Progress", "checkpoints", "latest", "load_optimizer", "read_recipe", "save_state"]
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -69,21 +69,22 @@ def save_state(
         state = {**asdict(progress), "files": sizes}
         (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
     if keep:
-        for _, old in _complete(folder)[:-keep]:
+        for _, old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return target
 
 
 def latest(folder: Path) -> tuple[Path, Progress] | None:
     """The newest complete checkpoint below `folder`, or None."""
-    found = _complete(folder)
+    found = checkpoints(folder)
     if not found:
         return None
     progress, path = found[-1]
     return path, progress
 
 
-def _complete(folder: Path) -> list[tuple[Progress, Path]]:
+def checkpoints(folder: Path) -> list[tuple[Progress, Path]]:
+    """All complete checkpoints below `folder`, the earliest first."""
     named = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
     found = [(progress, path) for path in named if (progress := _read(path)) is not None]
     return sorted(found, key=lambda pair: pair[0].step)

@@ -66,8 +66,9 @@ class Hobbit(PrecisionSettings):
 
         Raises:
             ConfigError: the shares are no shares.
-            TraceError: the trace cannot be read.
+            TraceError: the trace cannot be read, or a layer of it routes several times in a forward.
         """
+        trace.meta.need_one_routing("hobbit")
         if len(shares) != 2 or min(shares) < 0 or sum(shares) > 1 + 1e-9:
             raise ConfigError(f"shares of the high and the low copy must be at least 0 and at most 1 in all: {shares}")
         found = []

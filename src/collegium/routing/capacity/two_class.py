@@ -20,8 +20,20 @@ __all__ = ["TwoClassCapacity"]
 @method("two_class", kind="capacity", paper="MoE++ (2024)", arxiv="2410.07348")
 @dataclass(frozen=True)
 class TwoClassCapacity(PositionCapacity):
-    """`PositionCapacity` with ``gamma * tau * A / (tau * E_F + E_Z)`` places for each of E_F experts that compute, and
-    ``gamma * A / (tau * E_F + E_Z)`` for each of E_Z zero-computation ones.
+    """`PositionCapacity` with fewer places where an expert computes, and more where it does not.
+
+    Formula:
+        places of each of E_F experts that compute = ceil(gamma tau A / (tau E_F + E_Z)),  gamma = capacity_factor
+        places of each of E_Z zero-computation ones = ceil(gamma A / (tau E_F + E_Z))
+
+    Cost:
+        as `PositionCapacity`.
+
+    Use it:
+        with zero-computation experts, together with `ClassBalance` of the same `tau`.
+
+    Not:
+        without them: it is `PositionCapacity` then.
 
     Attributes:
         tau: the smaller, the more tokens go to zero-computation experts.
@@ -33,8 +45,8 @@ class TwoClassCapacity(PositionCapacity):
 
     def check(self, num_experts: int, top_k: int, parts: tuple[Part, ...]) -> None:
         super().check(num_experts, top_k, parts)
-        if not self.tau > 0:
-            raise ConfigError(f"tau must be above 0, not {self.tau}")
+        if not 0 < self.tau < math.inf:
+            raise ConfigError(f"tau must be above 0 and finite, not {self.tau}")
 
     def room(self, routing: Routing, factor: float, assignments: int) -> Tensor:
         E, F = routing.num_experts, routing.num_true or routing.num_experts

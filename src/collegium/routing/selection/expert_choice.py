@@ -21,10 +21,22 @@ __all__ = ["ExpertChoice"]
 )
 @dataclass(frozen=True)
 class ExpertChoice(Selection):
-    """Each expert takes the ``ceil(capacity_factor * T * top_k / E)`` tokens that score highest for it.
+    """Each expert takes the tokens that score highest for it.
 
     Loads are equal by construction; a token may get no expert, or many. Who gets an expert depends on all tokens of the
     batch, later ones included, so that it cannot decode left to right. Padding is never chosen.
+
+    Formula:
+        tokens of expert e = the ceil(capacity_factor T K / E) largest s_te over t
+
+    Cost:
+        a ranking of T tokens for each expert in place of one of E experts for each token; no loss is needed.
+
+    Use it:
+        where all tokens are there at once and experts must be loaded alike.
+
+    Not:
+        for text generated left to right, or where an output may not depend on the rest of the batch.
 
     Attributes:
         capacity_factor: 1 gives a token `top_k` experts on average.
@@ -37,8 +49,8 @@ class ExpertChoice(Selection):
 
     def check(self, num_experts: int, top_k: int, parts: tuple[Part, ...]) -> None:
         super().check(num_experts, top_k, parts)
-        if not self.capacity_factor > 0:
-            raise ConfigError(f"capacity_factor must be above 0, not {self.capacity_factor}")
+        if not 0 < self.capacity_factor < math.inf:
+            raise ConfigError(f"capacity_factor must be above 0 and finite, not {self.capacity_factor}")
 
     def __call__(self, scores: Scores, top_k: int, context: RoutingContext) -> Tensor:
         T, E = scores.selection.shape

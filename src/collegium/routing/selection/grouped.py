@@ -18,11 +18,23 @@ __all__ = ["GroupedTopK"]
 @method("grouped_top_k", kind="selection", paper="Pangu Pro MoE (2025)", arxiv="2505.21411")
 @dataclass(frozen=True)
 class GroupedTopK(Selection):
-    """The ``top_k / groups`` best experts of each of `groups` groups of E / groups neighbours (MoGE).
+    """The best experts of each of several groups of neighbours, as many of each (MoGE).
 
     With a group on each device, all devices get the same number of assignments whatever the tokens are. The placement
-    is part of the model: experts cannot move between groups. Balance within a group is still up to a loss. (The
-    group limit of DeepSeek does the opposite: it keeps a token to few groups.)
+    is part of the model: experts cannot move between groups. Balance within a group is still up to a loss. (The group
+    limit of DeepSeek does the opposite: it keeps a token to few groups.)
+
+    Formula:
+        experts of a token = the top K / M of its scores in each of M groups of E / M experts
+
+    Cost:
+        none beside that of top-K.
+
+    Use it:
+        where experts are spread over devices and a step waits for the fullest one.
+
+    Not:
+        on one device, where it only forbids the better choice.
 
     Attributes:
         groups: M; divides E and top_k.
@@ -34,7 +46,10 @@ class GroupedTopK(Selection):
     def check(self, num_experts: int, top_k: int, parts: tuple[Part, ...]) -> None:
         super().check(num_experts, top_k, parts)
         if self.groups < 1 or num_experts % self.groups:
-            raise ConfigError(f"groups is {self.groups}, which does not divide {num_experts} experts into equal groups")
+            raise ConfigError(
+                f"groups is {self.groups}, which does not divide {num_experts} experts into equal groups; "
+                "take a divisor"
+            )
         if top_k % self.groups:
             raise ConfigError(f"top_k is {top_k}, which {self.groups} groups cannot give equal parts of")
 

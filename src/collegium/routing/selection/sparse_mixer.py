@@ -40,7 +40,22 @@ def _candidates(score: Tensor, taken: Tensor, jitter_eps: float) -> Tensor:
 @method("sparse_mixer", kind="selection", paper="GRIN (2024)", arxiv="2409.12136")
 @dataclass(frozen=True)
 class SparseMixer(Selection):
-    """Chooses K experts one after another; see the module docstring. Meant to run after `LogitSelection`.
+    """Chooses K experts one after another, in training by chance among those that come near the best (SparseMixer-v2,
+    Phi-3.5-MoE). Meant to run after `LogitSelection` and to be weighed by `SparseMixerWeights`.
+
+    Formula:
+        slot by slot, among the experts not yet chosen, best = max_e z_e
+        candidates: (best - z_e) / max(|z_e|, best) <= 2 jitter_eps
+        at inference the best;  in training e ~ softmax of z over the candidates
+
+    Cost:
+        K passes over ``[T, E]``, each with a random number for every one of them in training.
+
+    Use it:
+        to give the router a gradient for what it chose, not only for how it weighed.
+
+    Not:
+        with scores of another kind than logits, or with other weights.
 
     Attributes:
         jitter_eps: half the relative distance from the best logit at which an expert is still a candidate
@@ -68,7 +83,21 @@ class SparseMixer(Selection):
 @method("sparse_mixer", kind="weigh", paper="GRIN (2024)", arxiv="2409.12136")
 @dataclass(frozen=True)
 class SparseMixerWeights(Weigh):
-    """Each chosen expert's probability among the candidates of its slot; see the module docstring.
+    """Each chosen expert's probability among the candidates of its slot, with a gradient estimate for the discrete
+    choice (Heun's third-order rule); the K weights do not sum to 1.
+
+    Formula:
+        w = softmax of z over the candidates of the slot, at the chosen expert
+        in training, where the chosen is not the best, three times out of four w / 3; the gradient stays that of w
+
+    Cost:
+        K passes over ``[T, E]`` and a random number for each assignment in training.
+
+    Use it:
+        with `SparseMixer` of the same `jitter_eps`; anything else is refused.
+
+    Not:
+        where weights must add up to 1.
 
     Attributes:
         jitter_eps: as in the `SparseMixer` it belongs to.

@@ -23,6 +23,18 @@ class TopP(Selection):
     Scores are divided by their sum first, which changes nothing after a softmax. `top_k` is no limit: a flat router
     takes ``ceil(threshold * E)`` experts or so, a sure one takes one.
 
+    Formula:
+        s sorted, largest first, and of sum 1:  expert i is taken while s_1 + ... + s_(i-1) <= threshold
+
+    Cost:
+        a sort of E scores for each token; the number of experts, and with it the time of a step, is the router's.
+
+    Use it:
+        where hard tokens may cost more, with `RoutingEntropy`, which keeps the number small.
+
+    Not:
+        where the cost of a token must be known, unless `most` bounds it; nor on logits, whose sum means nothing.
+
     Attributes:
         threshold: p, above 0 and at most 1. At 1 every expert may be taken.
         most: experts of a token at most; None is no limit.

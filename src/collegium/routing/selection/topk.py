@@ -18,6 +18,18 @@ __all__ = ["TopK"]
 class TopK(Selection):
     """The `top_k` experts of highest selection score, best first.
 
+    Formula:
+        experts of a token = the K largest s_e
+
+    Cost:
+        the baseline: every token has K experts.
+
+    Use it:
+        unless a method says otherwise; every engine computes it.
+
+    Not:
+        without something that balances: left alone, few experts take most tokens.
+
     Attributes:
         top_k: K, where a configuration names it here; None takes the layer's.
     """

@@ -24,9 +24,24 @@ class DocumentPool(Transform):
     """In training a token can choose only among the m experts that its document finds likeliest on average; m is drawn
     anew for each document, layer and step from `smallest` to `largest`. Others get logits of -inf.
 
-    The average looks at the whole document, later tokens included. At inference there is no pool, or one of
-    `eval_size` experts that the prompt chooses (all tokens of the first forward) and that stays while the sequence goes
-    on; a document mask does not split it.
+    The average looks at the whole document, later tokens included. At inference there is no pool, or one of `eval_size`
+    experts that the prompt chooses (all tokens of the first forward) and that stays while the sequence goes on; a
+    document mask does not split it.
+
+    Formula:
+        q_D = mean of p over the tokens of document D;  pool = the m largest of q_D,  m ~ U{smallest ... largest}
+        z_e = -inf outside of the pool, before the softmax
+
+    Cost:
+        a sum by document and a ranking of E experts for each of them, in training; a cache keeps a pool for each
+        sequence where `eval_size` is set.
+
+    Use it:
+        to make experts stand for domains, so that a few of them are enough for one later.
+
+    Not:
+        without the ids of documents, which training needs, or with a balance loss over less than the whole batch, which
+        works against it.
 
     Attributes:
         smallest, largest: bounds of m, both included; at least K, and at most E, which None is.

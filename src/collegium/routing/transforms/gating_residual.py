@@ -15,9 +15,22 @@ __all__ = ["GatingResidual"]
 @method("gating_residual", kind="transform", paper="MoE++ (2024)", arxiv="2410.07348")
 @dataclass(frozen=True)
 class GatingResidual(Transform):
-    """Adds ``G z`` of the previous MoE layer's logits z, its own residual included; the first layer has none.
+    """Adds the previous MoE layer's logits, its own residual included, through a learnt matrix; the first layer has
+    none.
 
-    G ``[E, E]`` is learnt and begins as zeros, so that training begins from plain routing. All layers need the same E.
+    Formula:
+        z^l = W^l x + G^l z^(l-1),  G zeros at first, so that training begins from plain routing
+
+    Cost:
+        ``E^2`` parameters and as many multiplications for a token; a layer's logits are kept until the next one has
+        run.
+
+    Use it:
+        where layers should agree on how hard a token is, as with zero-computation experts.
+
+    Not:
+        where layers differ in their number of experts, which is refused, or do not see each other's logits, as between
+        stages of a pipeline.
     """
 
     symmetric = False

@@ -21,9 +21,22 @@ __all__ = ["GroupLimit"]
 class GroupLimit(Transform):
     """A token may choose only among the experts of its best `keep` of `groups` groups.
 
-    Groups are runs of E / groups neighbouring experts, so that a token visits at most `keep` devices.
-    DeepSeek-V2 ("max", masked 0) limits devices this way; DeepSeek-V3 (arXiv 2412.19437; "top2_sum", masked -inf)
-    scores a group by its two best experts, on biased scores.
+    Groups are runs of E / groups neighbouring experts, so that a token visits at most `keep` devices. DeepSeek-V2
+    ("max", masked 0) limits devices this way; DeepSeek-V3 (arXiv 2412.19437; "top2_sum", masked -inf) scores a group by
+    its two best experts, on biased scores.
+
+    Formula:
+        g = max, or sum of the two largest, of the selection scores of group g
+        selection_e = masked_value unless the group of e is among the keep largest
+
+    Cost:
+        a maximum over each group; no parameters.
+
+    Use it:
+        where experts are spread over devices and sending a token to many of them is what takes the time.
+
+    Not:
+        on one device, or to load devices evenly, which `GroupedTopK` does.
 
     Attributes:
         groups: how many there are (``n_group`` in transformers); must divide E.
@@ -42,7 +55,9 @@ class GroupLimit(Transform):
     def check(self, num_experts: int, top_k: int, parts: tuple[Part, ...]) -> None:
         n_group, topk_group = self.groups, self.keep
         if n_group < 1 or num_experts % n_group:
-            raise ConfigError(f"n_group is {n_group}, which does not divide {num_experts} experts into equal groups")
+            raise ConfigError(
+                f"n_group is {n_group}, which does not divide {num_experts} experts into equal groups; take a divisor"
+            )
         if not 1 <= topk_group <= n_group:
             raise ConfigError(f"topk_group is {topk_group}; with n_group {n_group} it must be 1 to {n_group}")
         size = num_experts // n_group

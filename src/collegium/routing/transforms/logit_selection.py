@@ -17,6 +17,19 @@ class LogitSelection(Transform):
     """The selection looks at the logits, as in gpt-oss and GraniteMoE.
 
     Under a softmax both orders agree, except where probabilities of unlike logits round to the same number.
+
+    Formula:
+        selection_e = z_e
+
+    Cost:
+        none.
+
+    Use it:
+        to follow a family that chooses on logits to the bit, and before `SparseMixer`, which compares logits.
+
+    Not:
+        before `TopP`, which adds up scores and needs them not to be negative; nor after a bias or a limit, which it
+        undoes.
     """
 
     def __call__(self, scores: Scores, context: RoutingContext) -> Scores:

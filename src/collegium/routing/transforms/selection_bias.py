@@ -18,6 +18,19 @@ class SelectionBias(Transform):
     """Adds the router's ``e_score_correction_bias [E]`` to the selection score.
 
     Probabilities and combine weights stay unbiased. The bias gets no gradient: a controller moves it after each step.
+
+    Formula:
+        selection_e = s_e + b_e
+
+    Cost:
+        E float32 numbers, which stay float32 whatever the dtype of the model.
+
+    Use it:
+        with a controller (``bias_update_rate`` of the balance) in place of a balance loss, or to read checkpoints that
+        have such a bias.
+
+    Not:
+        alone: without a controller it stays zero.
     """
 
     needs_correction_bias = True

@@ -48,12 +48,27 @@ class SelectiveSinkhorn(Transform):
     On such a step the plan is what is selected from and what weighs, without gradient: the router learns in the other
     steps. All processes and recomputed forwards draw the same steps; each solves for its own tokens.
 
+    Formula:
+        plan = argmax <plan, cost> + xi entropy(plan),  rows of sum 1, columns of sum T / E
+        v = T/E / (M^T u),  u = 1 / (M v),  M = exp(cost / xi),  until columns fit;  plan = diag(u) M diag(v)
+
+    Cost:
+        up to `iterations` passes over ``[T, E]`` on a step with a plan, with a look at the result after each; none on
+        others.
+
+    Use it:
+        where a loss should not pull at the task's gradient.
+
+    Not:
+        with a `probability` of 1: then no gradient reaches the router at all.
+
     Attributes:
-        probability: of a step with a plan.
+        probability: of a step with a plan, drawn for each layer.
         xi: of the entropy. Costs that are probabilities lie in 0 to 1, so that it must be well below 1.
         cost: "probs" (SSR-S) or "logits" (SSR-L).
         noise: deviation of what is added to the logits in the other training steps; 0 is none.
-        iterations, tolerance: see `sinkhorn`.
+        iterations: passes at most.
+        tolerance: norm of the errors of the columns' sums, as a share of T / E, below which the passes end.
     """
 
     touches = "logits"

@@ -49,6 +49,20 @@ class AttentionMix(_Mix):
     The attention's own masks apply, so causal attention gives causal routing, and fused attention stays: the average is
     one more attention call with probabilities in place of values. (The paper's equations are inferred.)
 
+    Formula:
+        p_i = (1 - share) r_i + share sum_j A_ij r_j,  r = the probabilities before,  A = mean over heads of attention
+
+    Cost:
+        one more attention call a layer, with values E wide; a cache keeps the probabilities of past tokens, E numbers
+        each.
+
+    Use it:
+        where the same tokens change experts from checkpoint to checkpoint.
+
+    Not:
+        in a layer that routes several times, or a family that does not attend through transformers' interface: both are
+        refused.
+
     Attributes:
         share: of the average in the result; below 1 the token's own decision keeps a part.
     """
@@ -63,12 +77,26 @@ class AttentionMix(_Mix):
 @method("similarity_mix", kind="transform", paper="Graph of Tokens (2025)", arxiv="2505.00792")
 @dataclass(frozen=True)
 class SimilarityMix(_Mix):
-    """Averages the probabilities of tokens by how alike the router's inputs are: ``A = softmax(x x^T / (tau sqrt(d)))``
-    over this and the earlier tokens of the sequence and document, without learnt weights. (The paper's equations are
-    inferred; the division by sqrt(d) is ours, so that `tau` does not depend on the width.)
+    """Averages the probabilities of tokens by how alike the router's inputs are, over this and the earlier tokens of
+    the sequence and document, without learnt weights. (The paper's equations are inferred; the division by sqrt(d) is
+    ours, so that `tau` does not depend on the width.)
+
+    Formula:
+        p_i = (1 - share) r_i + share sum_{j <= i} A_ij r_j,  A_ij = softmax_j(x_i . x_j / (tau sqrt(d)))
+
+    Cost:
+        a matrix ``[S, S]`` and ``S^2 (d + E)`` multiplications for each sequence of S tokens; a cache keeps inputs and
+        probabilities of past tokens, ``d + E`` numbers each.
+
+    Use it:
+        as `AttentionMix`, where the layer's attention cannot be asked.
+
+    Not:
+        with long sequences, where the matrix is what a step takes; nor in a layer that routes several times, which is
+        refused.
 
     Attributes:
-        share: of the average in the result.
+        share: of the average in the result; below 1 the token's own decision keeps a part.
         tau: temperature; the smaller, the fewer tokens count.
     """
 

@@ -33,7 +33,19 @@ class Consistency(StepObjective):
     predictions together: with experts by chance (system `thor`) it teaches them to agree.
 
     Routers draw anew in the second pass (`RoutingContext.draw`), and so does dropout. Balance losses are means over the
-    passes, whose counts add up. A step takes twice the time and holds the activations of two passes.
+    passes, whose counts add up.
+
+    Formula:
+        loss = (CE(p) + CE(q)) / 2 + alpha / 2 J,  J = (KL(p || q) + KL(q || p)) / 2,  p and q of the two passes
+
+    Cost:
+        a step takes twice the time and holds the activations of two passes.
+
+    Use it:
+        with the system `thor`, or with dropout, where text is scarce.
+
+    Not:
+        where nothing is random: the passes agree, and the second is wasted.
 
     Attributes:
         alpha: weight of the divergence; 1 in the authors' code, up to 5 in the paper, 0 leaves two passes apart.

@@ -16,7 +16,20 @@ __all__ = ["NextToken"]
 @method("next_token", kind="objective", paper="A Neural Probabilistic Language Model (2003)")
 @dataclass(frozen=True)
 class NextToken(StepObjective):
-    """Cross-entropy of every predicted token, and the layers' balance losses, in one pass."""
+    """Cross-entropy of every predicted token, and the layers' balance losses, in one pass.
+
+    Formula:
+        loss = mean over tokens of -log p(next token) + sum of the balance losses, each the mean over layers
+
+    Cost:
+        one forward and one backward pass.
+
+    Use it:
+        unless a method says otherwise.
+
+    Not:
+        with experts by chance (system `thor`), which nothing then teaches to agree.
+    """
 
     def step(self, batch: MicroBatch) -> dict[str, Tensor]:
         with batch.routed():

@@ -1,15 +1,4 @@
-"""Checks that any router must pass, ours or anybody's, as scikit-learn has them for estimators.
-
-    from collegium.testing import check_router, router_checks
-
-    check_router(lambda d, E, K: MyRouter(d, E, K))        # all of them
-
-    @pytest.mark.parametrize("check", router_checks(), ids=lambda check: check.__name__)
-    def test_my_router(check):                             # one test for each
-        check(lambda d, E, K: MyRouter(d, E, K))
-
-A check is given what makes a router of width d for E experts, of which K, and raises AssertionError. What a router
-cannot do it says by its parts (`Part.causal`, `Part.learns`, ...), and is then not asked for.
+"""Checks of a router, see `collegium.testing`.
 
 Legend: T tokens, E experts, K slots, d model width, A assignments.
 """
@@ -18,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,6 +17,7 @@ from collegium.errors import CollegiumError, ConfigError, NonFiniteError
 from collegium.layer import MoE
 from collegium.routing import Router, Routing, RoutingContext
 from collegium.routing.capacity.room import LimitedCapacity
+from collegium.testing.running import run_all
 
 __all__ = ["MakeRouter", "check_router", "router_checks"]
 
@@ -38,11 +29,7 @@ D, E, K, T = 16, 12, 2, 40
 
 def check_router(make: MakeRouter) -> None:
     """Run all checks. Raises AssertionError, which names the check."""
-    for check in router_checks():
-        try:
-            check(make)
-        except AssertionError as error:
-            raise AssertionError(f"{check.__name__}: {error}") from error
+    run_all(router_checks(), make)
 
 
 def router_checks() -> list[Callable[[MakeRouter], None]]:
@@ -55,6 +42,7 @@ def router_checks() -> list[Callable[[MakeRouter], None]]:
         check_dtypes,
         check_permutation,
         check_causality,
+        check_pieces,
         check_recomputation,
         check_layer,
         check_back_ends,
@@ -225,6 +213,28 @@ def check_causality(make: MakeRouter) -> None:
         other[half:] = _x(half, seed=8)
         changed = _dense(_routed(router, other, training=False))
         torch.testing.assert_close(changed[:half], plain[:half], msg="it looks at other sequences")
+
+
+def check_pieces(make: MakeRouter) -> None:
+    """In pieces, as a decoder with a key-value cache gives them, tokens are routed as in one forward."""
+    router = _made(make)
+    parts = router.parts
+    if not all(part.causal and part.batch_invariant for part in parts):
+        return
+    if any(part.needs_attention or part.needs_previous_layer for part in parts):
+        return  # what they need is of whole forwards here
+    B, S = 2, T // 2
+    x, position = _x().view(B, S, D), torch.arange(S).expand(B, S)
+    memory: dict[str, Tensor] = {}
+
+    def routed(first: int, last: int, **more: object) -> Tensor:
+        piece, at = x[:, first:last].reshape(-1, D), position[:, first:last].reshape(-1)
+        context = _context(len(piece), False, document=None, position=at, shape=(B, last - first), **more)
+        return _dense(router(piece, context)).view(B, last - first, E)
+
+    ends = (0, 5, 6, 7, 12, S)
+    pieces = [routed(first, last, memory=memory) for first, last in pairwise(ends)]
+    torch.testing.assert_close(torch.cat(pieces, 1), routed(0, S), msg="with a cache it routes otherwise than without")
 
 
 def check_recomputation(make: MakeRouter) -> None:
