@@ -114,8 +114,6 @@ def test_gradient_checkpointing_counts_once_and_changes_no_gradient() -> None:
         ({}, [], "cannot be replaced"),
         ({"first_k_dense_replace": 1}, [0], r"layers \[0\]"),
         ({"first_k_dense_replace": 2}, None, "cannot be replaced"),
-        ({"n_group": 3, "topk_group": 1}, None, "group"),
-        ({"scoring_func": "vibes"}, None, "vibes"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_and_leave_the_model_alone(settings: dict, layers, says: str) -> None:
@@ -131,6 +129,8 @@ def test_settings_that_do_not_fit_are_refused_and_leave_the_model_alone(settings
     [
         {"num_experts_per_tok": 5},
         {"num_experts": 0},
+        {"n_group": 3, "topk_group": 1},
+        {"scoring_func": "vibes"},
         {"n_shared_experts": 1, "shared_expert_intermediate_size": 8},
         {"shared_expert_gate": True},
         {"selection_bias": False, "balance": {"bias_update_rate": 1e-3}},

@@ -161,6 +161,24 @@ def test_with_a_cache_as_without_or_refused(family: str, system: str) -> None:
         torch.testing.assert_close(steps(model, ids, prompt), whole[:, prompt - 1 :], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "router",
+    [
+        {"thor": {"inference": "sequence"}},
+        {"thor": {"inference": "ensemble"}},
+        {"graph_of_tokens": {"by": "similarity", "share": 0.5}},
+        {"deepseek_moe": {"segments": 2, "shared": 2}},
+    ],
+    ids=str,
+)
+def test_other_settings_with_a_cache_as_without(router: Any) -> None:
+    model = fresh("qwen3", router).eval()
+    ids = ids_of(model)
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(steps(model, ids, 5), whole[:, 4:], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_sequences_that_share_a_forward_do_not_mix_or_there_is_a_reason(system: str) -> None:
     model = shaken("qwen3", system)

@@ -31,7 +31,8 @@ class LossFreeBias:
     sigmoid scores; softmax scores over many experts are near 1/E, where such a step oscillates.
 
     Formula:
-        b_e += rate / n^decay sign(mean load - load_e),  or (mean load - load_e) / mean load in place of the sign
+        b_e += rate / n^decay sign(mean load - load_e),
+          or (mean load - load_e) / mean load in place of the sign
         after optimizer step n = 1, 2, ..., load of the whole step over all processes
 
     Cost:
@@ -52,7 +53,7 @@ class LossFreeBias:
             schedules that ALF-LB analyses (constant, 1/sqrt(n), 1/n).
         centred: keep the mean of the bias at zero, as Ling 2.0 (2025) does.
         cap: largest allowed ``|b_e|``; a larger bias is scaled down as a whole, which keeps its order and its zero
-            mean. None means no limit.
+            mean. None means no limit. One that binds gives up the balance, and tokens may then move to busier experts.
 
     Raises:
         ConfigError: a setting is out of range.

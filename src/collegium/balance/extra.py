@@ -199,7 +199,8 @@ class ExpertRouterCoupling(WeightLoss):
     that it stays nearest to itself; eps_i carries no gradient, or it could be gamed.
 
     Formula:
-        M_ij = |W_j (r_i * noise_i)|,  W_j the gate matrix of expert j (the only one, where experts have no gate)
+        M_ij = |W_j (r_i * noise_i)|,
+          W_j the gate matrix of expert j (the only one, where experts have no gate)
         loss = 1 / E^2 sum_{i != j} (max(M_ij - alpha M_ii, 0) + max(M_ji - alpha M_ii, 0))
 
     Cost:

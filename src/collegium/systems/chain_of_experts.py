@@ -20,7 +20,8 @@ class ChainOfExperts(System):
 
     Formula:
         x^0 = x
-        x^t = x^(t-1) + sum_e p^t_e expert_e(x^(t-1)),  p^t = softmax(W^t x^(t-1)), top-K/C of p^t,  t = 1 ... C
+        x^t = x^(t-1) + sum_e p^t_e expert_e(x^(t-1)) over the top K / C of p^t,  t = 1 ... C
+        p^t = softmax(W^t x^(t-1))
         y = x^C
         loss = c E sum_e f_e P_e within each sequence, the mean over iterations
 

@@ -22,7 +22,8 @@ class DeepSeekMoE(System):
         m E - S routed experts of width f / m, of which a token has m K - S, and S shared ones
         p = softmax(W x)
         y = sum of p_e expert_e(x) over the top m K - S of p  +  sum_s shared_s(x)
-        loss = c1 E' sum_e f_e P_e + c2 E' sum_e f'_e P_e, where E' = m E - S and f'_e is the mean of f over e's device
+        loss = c1 E' sum_e f_e P_e + c2 E' sum_e f'_e P_e,  E' = m E - S
+          f'_e the mean of f over the experts of e's device
 
     Cost:
         a router with about m times as many rows, and m times as many rows to dispatch, each to a product 1 / m as

@@ -18,7 +18,8 @@ class EMO(System):
     The balance loss counts over the whole batch: a narrower one would work against the pools.
 
     Formula:
-        pool of a document = the m experts of the largest mean softmax(W x) over it,  m ~ U{smallest ... largest}
+        pool of a document = the m experts of the largest mean softmax(W x) over it,
+          m ~ U{smallest ... largest}
         p = softmax(W x) over the pool, 0 outside of it, top-K of p;  w_e = p_e
         loss = c E sum_e f_e P_e over the whole batch + b mean_t(logsumexp_e(z_te)^2)
 

@@ -20,7 +20,8 @@ class ERC(System):
     Formula:
         p = softmax(W x), top-K of p;  w_e = p_e / sum of p over the chosen
         M_ij = |G_j (r_i * noise_i)|, r_i row i of W, G_j the gate matrix of expert j
-        loss = b / E^2 sum_{i != j} (max(M_ij - alpha M_ii, 0) + max(M_ji - alpha M_ii, 0)) + c E sum_e f_e P_e
+        loss = b / E^2 sum_{i != j} (max(M_ij - alpha M_ii, 0) + max(M_ji - alpha M_ii, 0))
+          + c E sum_e f_e P_e
 
     Cost:
         ``E^2 d f`` multiplications a layer and micro-batch, what E tokens take in the gate matrices of all experts;

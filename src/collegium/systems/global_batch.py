@@ -19,7 +19,8 @@ class GlobalBatch(System):
 
     Formula:
         p = softmax(W x), top-K of p;  w_e = p_e / sum of p over the chosen
-        loss = c E sum_e f_e P_e,  f over all tokens of the optimizer step so far, P over those of the micro-batch
+        loss = c E sum_e f_e P_e,
+          f over all tokens of the optimizer step so far, P over those of the micro-batch
 
     Cost:
         one sum of ``E + 1`` integers a layer and micro-batch over the processes, of all layers in one message.

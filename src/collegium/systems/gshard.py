@@ -37,8 +37,10 @@ class GShard(_Limited):
     """Top-k with a limited number of places: first choices before second ones, earlier tokens of the batch first.
 
     Formula:
-        p = softmax(W x), top-K of p;  w_e = p_e / sum of p over the chosen, those without a place included
-        places of an expert in training = ceil(capacity_factor T K / E), in the order of choice, then of the batch
+        p = softmax(W x), top-K of p;  w_e = p_e / sum of p over the chosen,
+          those without a place included
+        places of an expert in training = ceil(capacity_factor T K / E),
+          in the order of choice, then of the batch
         loss = c E sum_e f_e P_e,  f before anyone is dropped
 
     Cost:
@@ -68,7 +70,8 @@ class RandomTokenSelection(_Limited):
     dropped (Z-code M3).
 
     Formula:
-        p = softmax(W x), top-K of p;  w_e = p_e / sum of p over the chosen, those without a place included
+        p = softmax(W x), top-K of p;  w_e = p_e / sum of p over the chosen,
+          those without a place included
         places of an expert in training = ceil(capacity_factor T K / E), in a random order
         loss = c E sum_e f_e P_e,  f before anyone is dropped
 

@@ -18,9 +18,12 @@ class MoEPlusPlus(System):
     capacities and a loss that tell the two classes apart.
 
     Formula:
-        z = W x + G z of the previous MoE layer, over E experts that compute and Z = constants + 2 that do not
-        p = softmax(z), top-K of p;  w_e = p_e / sum of p over the chosen but the zero expert, whose weight is 0
-        places in training: gamma tau T K / (tau E + Z) where an expert computes, gamma T K / (tau E + Z) where not
+        z = W x + G z of the previous MoE layer,
+          over E experts that compute and Z = constants + 2 that do not
+        p = softmax(z), top-K of p;  w_e = p_e / sum of p over the chosen but the zero expert,
+          whose weight is 0
+        places in training: ceil(gamma tau T K / (tau E + Z)) where an expert computes,
+          ceil(gamma T K / (tau E + Z)) where not
         loss = c (E + Z) sum_e eta_e f_e P_e,  eta = 1 where an expert computes, tau where not
 
     Cost:

@@ -23,7 +23,8 @@ class TwoClassCapacity(PositionCapacity):
     """`PositionCapacity` with fewer places where an expert computes, and more where it does not.
 
     Formula:
-        places of each of E_F experts that compute = ceil(gamma tau A / (tau E_F + E_Z)),  gamma = capacity_factor
+        places of each of E_F experts that compute = ceil(gamma tau A / (tau E_F + E_Z)),
+          gamma = capacity_factor
         places of each of E_Z zero-computation ones = ceil(gamma A / (tau E_F + E_Z))
 
     Cost:

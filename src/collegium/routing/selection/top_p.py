@@ -24,7 +24,8 @@ class TopP(Selection):
     takes ``ceil(threshold * E)`` experts or so, a sure one takes one.
 
     Formula:
-        s sorted, largest first, and of sum 1:  expert i is taken while s_1 + ... + s_(i-1) <= threshold
+        s sorted, largest first, and of sum 1:
+          expert i is taken while s_1 + ... + s_(i-1) <= threshold
 
     Cost:
         a sort of E scores for each token; the number of experts, and with it the time of a step, is the router's.

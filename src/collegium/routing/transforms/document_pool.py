@@ -29,7 +29,8 @@ class DocumentPool(Transform):
     document mask does not split it.
 
     Formula:
-        q_D = mean of p over the tokens of document D;  pool = the m largest of q_D,  m ~ U{smallest ... largest}
+        q_D = mean of p over the tokens of document D;  pool = the m largest of q_D,
+          m ~ U{smallest ... largest}
         z_e = -inf outside of the pool, before the softmax
 
     Cost:

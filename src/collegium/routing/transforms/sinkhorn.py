@@ -50,7 +50,8 @@ class SelectiveSinkhorn(Transform):
 
     Formula:
         plan = argmax <plan, cost> + xi entropy(plan),  rows of sum 1, columns of sum T / E
-        v = T/E / (M^T u),  u = 1 / (M v),  M = exp(cost / xi),  until columns fit;  plan = diag(u) M diag(v)
+        v = T/E / (M^T u),  u = 1 / (M v),  M = exp(cost / xi),  until columns fit;
+        plan = diag(u) M diag(v)
 
     Cost:
         up to `iterations` passes over ``[T, E]`` on a step with a plan, with a look at the result after each; none on

@@ -50,7 +50,8 @@ class AttentionMix(_Mix):
     one more attention call with probabilities in place of values. (The paper's equations are inferred.)
 
     Formula:
-        p_i = (1 - share) r_i + share sum_j A_ij r_j,  r = the probabilities before,  A = mean over heads of attention
+        p_i = (1 - share) r_i + share sum_j A_ij r_j,  r = the probabilities before,
+          A = mean over heads of attention
 
     Cost:
         one more attention call a layer, with values E wide; a cache keeps the probabilities of past tokens, E numbers
@@ -82,7 +83,8 @@ class SimilarityMix(_Mix):
     ours, so that `tau` does not depend on the width.)
 
     Formula:
-        p_i = (1 - share) r_i + share sum_{j <= i} A_ij r_j,  A_ij = softmax_j(x_i . x_j / (tau sqrt(d)))
+        p_i = (1 - share) r_i + share sum_{j <= i} A_ij r_j,
+          A_ij = softmax_j(x_i . x_j / (tau sqrt(d)))
 
     Cost:
         a matrix ``[S, S]`` and ``S^2 (d + E)`` multiplications for each sequence of S tokens; a cache keeps inputs and

@@ -36,7 +36,8 @@ class Consistency(StepObjective):
     passes, whose counts add up.
 
     Formula:
-        loss = (CE(p) + CE(q)) / 2 + alpha / 2 J,  J = (KL(p || q) + KL(q || p)) / 2,  p and q of the two passes
+        loss = (CE(p) + CE(q)) / 2 + alpha / 2 J,  J = (KL(p || q) + KL(q || p)) / 2,
+          p and q of the two passes
 
     Cost:
         a step takes twice the time and holds the activations of two passes.

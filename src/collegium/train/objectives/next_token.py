@@ -19,7 +19,8 @@ class NextToken(StepObjective):
     """Cross-entropy of every predicted token, and the layers' balance losses, in one pass.
 
     Formula:
-        loss = mean over tokens of -log p(next token) + sum of the balance losses, each the mean over layers
+        loss = mean over tokens of -log p(next token)
+          + sum of the balance losses, each the mean over layers
 
     Cost:
         one forward and one backward pass.
