@@ -17,6 +17,7 @@ import yaml
 
 from collegium import load
 from collegium.arena import ArenaPlan, collect, run_arena
+from collegium.catalog import methods
 from collegium.errors import CollegiumError, ConfigError
 from collegium.layer import moe_layers
 from collegium.report.arena import arena_markdown, write_arena
@@ -89,6 +90,14 @@ def finished(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
 def test_plans_that_cannot_be(written: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ArenaPlan.load(written(**changes))
+
+
+def test_the_shipped_plan_has_every_system() -> None:
+    plan = ArenaPlan.load(Path(__file__).parents[2] / "recipes" / "arena.yaml")
+    there = {system for name in plan.names for system in plan.systems(name)}
+    assert there == {one.name for one in methods("system")}
+    steps = {plan.recipe(name, seed).steps for name in plan.names for seed in plan.seeds}
+    assert len(steps) == 1
 
 
 def test_a_plan_from_its_file(written: Any, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import yaml
 from collegium.errors import ConfigError
 from collegium.train import Recipe, build_model, count_parameters, dense_twin
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = [file for file in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")) if file.stem != "arena"]
+"""A plan of an arena is not one."""
 Make = Callable[..., Recipe]
 
 

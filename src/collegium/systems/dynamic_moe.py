@@ -17,8 +17,8 @@ class DynamicMoE(System):
     """As many experts as it takes to reach a probability, with a loss on the entropy that keeps their number small.
 
     Formula:
-        p = softmax(W x);
-        the fewest experts, likeliest first, whose p add up to more than the threshold;
+        p = softmax(W x)
+        the fewest experts, likeliest first, whose p add up to more than the threshold
         w_e = p_e
         loss = c E sum_e f_e P_e + b mean_t(-sum_e p_te log p_te)
 

@@ -18,8 +18,8 @@ class ExpertChoiceSystem(System):
     """Experts choose their tokens, so that all are loaded alike without a loss.
 
     Formula:
-        p = softmax(W x);
-        expert e takes the ceil(capacity_factor T K / E) tokens of the largest p_te;
+        p = softmax(W x)
+        expert e takes the ceil(capacity_factor T K / E) tokens of the largest p_te
         w_te = p_te
 
     Cost:

@@ -18,7 +18,7 @@ class MoGE(System):
     tokens are.
 
     Formula:
-        p = softmax(W x) over all experts;  the top K / M of p in each of M groups of neighbours;
+        p = softmax(W x) over all experts;  the top K / M of p in each of M groups of neighbours
         w_e = p_e
         loss = c E sum_e f_e P_e
 

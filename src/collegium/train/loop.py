@@ -3,8 +3,10 @@
 Legend: B sequences per optimizer step over all processes, S positions, R processes, M micro-batches per process.
 
 Every loss is divided by global counts before backward, and gradients are only ever summed. So R and M change the
-result by rounding only, with one exception: the load-balancing loss of scope "global" sees the counts of the step *so
-far*, which with M > 1 are partial in all but the last micro-batch (and in all but the last pass of one).
+result by rounding only, with two exceptions. The load-balancing loss of scope "global" sees the counts of the step *so
+far*, which with M > 1 are partial in all but the last micro-batch (and in all but the last pass of one). And what looks
+at a micro-batch as a whole (a capacity, a plan, random choices, the scopes "micro_batch" and, for documents that go on
+in another sequence, "sequence") depends on R x M, but not on which of them is larger.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from collegium.rng import seed_of
 from collegium.train.batches import Order, model_inputs, routing_context
 from collegium.train.build import build_model, compile_around_experts, count_parameters
 from collegium.train.evaluate import Evaluation, evaluate
+from collegium.train.fused import fuse_around_experts
 from collegium.train.journal import Journal
 from collegium.train.objective import Objective
 from collegium.train.objectives import MicroBatch, find_objective
@@ -42,6 +45,9 @@ from collegium.train.state import Progress, latest, load_optimizer, read_recipe,
 from collegium.train.stop import StopRequest
 
 __all__ = ["train"]
+
+_AFRESH = "start afresh (--fresh, or resume=False)"
+_SLOWER = "Go on from the latest checkpoint with a lower optim.lr or a smaller optim.clip"
 
 
 def train(recipe: Recipe, out: str | Path, *, resume: bool = True) -> dict[str, Any]:
@@ -92,10 +98,15 @@ class _Trainer:
         if found is not None:
             self._check_resumable(*found)
         elif (out / "summary.json").exists():
-            raise ConfigError(f"{out} holds a finished run of another recipe; use another folder, or start afresh")
+            different = Recipe.load(out / "recipe.yaml").differences(recipe)
+            raise ConfigError(
+                f"{out} holds a finished run of another recipe (its value != the one given): "
+                f"{'; '.join(different) or 'its length, or what is written about it'}; there is no checkpoint to go on "
+                f"from, so use another folder, or {_AFRESH}"
+            )
         self.data = prepare(recipe, ranks)
         if found is not None and found[1].data != self.data.fingerprint:
-            raise DataError(f"{found[0]} was trained on other text than {recipe.data.corpus} now holds; start afresh")
+            raise DataError(f"{found[0]} was trained on other text than {recipe.data.corpus} now holds; {_AFRESH}")
         self.model: Any = build_model(recipe, self.data.tokenizer) if found is None else _load(found[0])
         self.model.to(ranks.device).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -108,6 +119,8 @@ class _Trainer:
         self.minimised = find_objective(recipe.objective)
         if recipe.run.compile:
             compile_around_experts(self.model)
+        elif recipe.run.fuse:
+            fuse_around_experts(self.model)
         self.schedule = build_schedule(recipe.schedule)
         self.order = Order(self.data.train, recipe.run.seed)
         self.precision = torch.bfloat16 if recipe.run.precision == "bfloat16" else torch.float32
@@ -116,7 +129,7 @@ class _Trainer:
         if different := read_recipe(path).differences(self.recipe):
             raise ConfigError(
                 f"{path} was made with another recipe (its value != the one given): {'; '.join(different)}; "
-                "use the same recipe or another output folder, or start afresh"
+                f"use the same recipe or another output folder, or {_AFRESH}"
             )
         if progress.step > self.recipe.steps:
             raise ConfigError(f"{path} is at step {progress.step}, beyond the {self.recipe.steps} steps of this run")
@@ -163,7 +176,10 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        parts = [self._micro_batch(step, m) for m in range(recipe.run.accumulate)]
+        try:
+            parts = [self._micro_batch(step, m) for m in range(recipe.run.accumulate)]
+        except NonFiniteError as error:
+            raise NonFiniteError(f"step {step + 1}: {error}. {_SLOWER}") from error
         sums = [torch.stack([part[name] for part in parts]).double().sum() for name in parts[0]]
         shared = torch.stack([*sums, torch.tensor(float(stop), dtype=torch.float64, device=self.ranks.device)])
         *losses, stops = self.ranks.sum_(shared).tolist()
@@ -203,7 +219,7 @@ class _Trainer:
         culprit = first_non_finite(self.model) or "no single tensor, the norm of all gradients overflows"
         raise NonFiniteError(
             f"step {step + 1}: the loss is {loss} and the gradient norm {norm}; first that is not finite: {culprit}. "
-            "Go on from the latest checkpoint with a lower optim.lr or a smaller optim.clip"
+            f"{_SLOWER}"
         )
 
     @torch.no_grad()

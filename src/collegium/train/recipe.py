@@ -125,7 +125,10 @@ class RunSpec(_Spec):
         steps, tokens: length of the run; exactly one is given.
         batch_size: sequences per optimizer step over all processes.
         accumulate: micro-batches each process splits its share into.
-        compile: fuse what surrounds the FFNs (attention, norms) with torch.compile; needs a C++ compiler on a CPU.
+        fuse: norms and the way into attention by kernels of our own, equal within rounding, where they apply (a CPU in
+            float32); False leaves transformers' own.
+        compile: fuse what surrounds the FFNs (attention, norms) with torch.compile; needs a C++ compiler on a CPU. It
+            takes the place of `fuse`.
         precision: "bfloat16" runs under autocast; parameters and optimizer state stay float32.
         save_dtype: of the final model; the final evaluation is of the weights as saved.
         log_every, eval_every, checkpoint_every: in steps; 0 never (evaluation and saving at the end always happen).
@@ -139,6 +142,7 @@ class RunSpec(_Spec):
     tokens: int | None = Field(default=None, gt=0)
     batch_size: int = Field(default=32, gt=0)
     accumulate: int = Field(default=1, gt=0)
+    fuse: bool = True
     compile: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
     save_dtype: Literal["float32", "bfloat16"] = "float32"

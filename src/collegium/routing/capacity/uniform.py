@@ -21,7 +21,7 @@ class PositionCapacity(LimitedCapacity):
     """First choices before second ones, and of these the earlier tokens of the batch first (Switch, GShard).
 
     Formula:
-        places of an expert = ceil(capacity_factor A / E);
+        places of an expert = ceil(capacity_factor A / E)
         served by rank of the choice, then position in the batch
 
     Cost:
@@ -72,7 +72,7 @@ class PriorityCapacity(LimitedCapacity):
     """By the probability of each token's first choice, the surest tokens first (batch prioritised routing of V-MoE).
 
     Formula:
-        places of an expert = ceil(capacity_factor A / E);
+        places of an expert = ceil(capacity_factor A / E)
         served by rank of the choice, then largest max_e p_te
 
     Cost:

@@ -88,7 +88,7 @@ class SparseMixerWeights(Weigh):
 
     Formula:
         w = softmax of z over the candidates of the slot, at the chosen expert
-        in training, where the chosen is not the best, three times out of four w / 3;
+        in training, where the chosen is not the best, three times out of four w / 3
         the gradient stays that of w
 
     Cost:

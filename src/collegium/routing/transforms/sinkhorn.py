@@ -50,7 +50,7 @@ class SelectiveSinkhorn(Transform):
 
     Formula:
         plan = argmax <plan, cost> + xi entropy(plan),  rows of sum 1, columns of sum T / E
-        v = T/E / (M^T u),  u = 1 / (M v),  M = exp(cost / xi),  until columns fit;
+        v = T/E / (M^T u),  u = 1 / (M v),  M = exp(cost / xi),  until columns fit
         plan = diag(u) M diag(v)
 
     Cost:
