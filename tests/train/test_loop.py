@@ -95,7 +95,8 @@ def test_micro_batches_change_the_result_by_rounding_only(recipe: Make, tmp_path
     train(recipe(**shared, run__accumulate=4), tmp_path / "parts")
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     for name, tensor in whole.items():
-        tolerance = 1e-5 if precision == "float32" else 2e-2
+        # of a gradient that is zero but for rounding, Adam makes a part of a step, which is 3e-3
+        tolerance = 5e-5 if precision == "float32" else 2e-2
         torch.testing.assert_close(parts[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
     if precision == "float32":
         bias = next(name for name in whole if "e_score_correction_bias" in name)

@@ -69,11 +69,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Results:
-    """What an arena has found so far. Attributes: the plan, `entries` in its order, and `missing` runs."""
+    """What an arena has found so far. Attributes: the plan, `entries` in its order, `missing` runs, and torch's threads
+    when speed was measured (0: it was not)."""
 
     plan: ArenaPlan
     entries: tuple[Entry, ...]
     missing: tuple[str, ...]
+    threads: int = 0
 
     @property
     def ranked(self) -> list[Entry]:
@@ -97,6 +99,7 @@ class Results:
             "plan": self.plan.model_dump(mode="json"),
             "labels": LABELS,
             "missing": list(self.missing),
+            "threads": self.threads,
             "methods": [
                 {
                     "name": one.name,
@@ -124,7 +127,8 @@ def collect(plan: ArenaPlan, out: str | Path) -> Results:
         ConfigError: none is.
     """
     out = Path(out)
-    speeds = _speeds(out / SPEED)
+    speed = _speed(out / SPEED)
+    speeds, threads = speed["tokens_per_second"], speed["threads"]
     entries, missing = [], []
     for name in plan.names:
         scores = []
@@ -138,7 +142,7 @@ def collect(plan: ArenaPlan, out: str | Path) -> Results:
             entries.append(_entry(plan, name, scores, speeds))
     if not entries:
         raise ConfigError(f"{out} holds no measured run of this plan yet")
-    return Results(plan, tuple(entries), tuple(missing))
+    return Results(plan, tuple(entries), tuple(missing), threads)
 
 
 def _entry(plan: ArenaPlan, name: str, scores: list[dict[str, Any]], speeds: Mapping[str, float]) -> Entry:
@@ -152,10 +156,10 @@ def _entry(plan: ArenaPlan, name: str, scores: list[dict[str, Any]], speeds: Map
     return Entry(name, tuple(plan.systems(name)), scores[0]["causal"], ordered, of("domains"))
 
 
-def _speeds(file: Path) -> dict[str, float]:
+def _speed(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        return {}
-    found: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))["tokens_per_second"]
+        return {"tokens_per_second": {}, "threads": 0}
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from collegium.arena.plan import ArenaPlan
 from collegium.arena.score import SCORE, score_run
 from collegium.arena.speed import SPEED, training_speed
@@ -66,7 +68,11 @@ def run_arena(plan: ArenaPlan, out: str | Path, *, say: Say = print) -> bool:
     if not _same(out / SPEED, recipes):
         say("arena: speed of all methods, in turns")
         found = training_speed(recipes)
-        record = {"recipes": {name: one.plain() for name, one in recipes.items()}, "tokens_per_second": found}
+        record = {
+            "recipes": {name: one.plain() for name, one in recipes.items()},
+            "threads": torch.get_num_threads(),
+            "tokens_per_second": found,
+        }
         with atomic_file(out / SPEED) as partial:
             partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if failed:
@@ -79,7 +85,8 @@ def _scored(folder: Path, recipe: Recipe, probe: int) -> bool:
     if not file.is_file():
         return False
     known = json.loads(file.read_text(encoding="utf-8"))
-    if known["recipe"] != recipe.plain():
+    # parsed, since a field that did not exist when it was written has its default
+    if Recipe.parse(known["recipe"], where=str(file)) != recipe:
         raise ConfigError(f"{folder} holds a run of another recipe; remove it or use another folder")
     return bool(known["probe"] == probe)
 
@@ -89,7 +96,7 @@ def _same(file: Path, recipes: dict[str, Recipe]) -> bool:
     if not file.is_file():
         return False
     known = json.loads(file.read_text(encoding="utf-8"))["recipes"]
-    return bool(known == {name: recipe.plain() for name, recipe in recipes.items()})
+    return {name: Recipe.parse(plain, where=str(file)) for name, plain in known.items()} == recipes
 
 
 def _train(recipe: Recipe, folder: Path) -> int:

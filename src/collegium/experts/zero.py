@@ -135,8 +135,10 @@ class ZeroComputeExperts(nn.ModuleList):
             live = live & routing.kept
         token, expert, weight = routing.token[live], routing.expert[live] - first, routing.weight[live]
         for number, one in enumerate(self):
-            mine = expert == number
+            if isinstance(one, ZeroExpert):
+                continue  # rows would be gathered for nothing
+            mine = (expert == number).nonzero().squeeze(1)
             value = one(x[token[mine]])
             if value is not None:
-                y = y.index_add(0, token[mine], weight[mine, None].to(x.dtype) * value)
+                y.index_add_(0, token[mine], weight[mine, None].to(x.dtype) * value)
         return y

@@ -14,6 +14,7 @@ from collegium.files import atomic_file
 from collegium.report.arena_figures import arena_figures
 from collegium.report.draw import save_figures
 from collegium.report.figure import CONFIG
+from collegium.report.figures._columns import many
 from collegium.report.pack import script_json
 from collegium.report.page import cells_across, figure_block, figure_meta, template_text, vega_script
 
@@ -73,9 +74,10 @@ def _lead(results: Results) -> str:
     plan = results.plan
     recipe = plan.recipe(plan.baseline, plan.seeds[0])
     tokens = recipe.steps * recipe.run.batch_size * recipe.data.sequence_length
+    speed = f"; speed with {many(results.threads, 'thread')} of torch" if results.threads else ""
     return (
         f"{len(results.entries)} methods, {len(plan.seeds)} seeds each, {tokens:,} tokens of the corpus "
-        f"{recipe.data.corpus!r} a run; the baseline is {plan.baseline}"
+        f"{recipe.data.corpus!r} a run; the baseline is {plan.baseline}{speed}"
     )
 
 
