@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 
-from collegium.catalog import DOCUMENTED, KINDS, SECTIONS, Method, Setting, methods, sections_of
+from collegium.catalog import DOCUMENTED, KINDS, SECTIONS, Method, Setting, claims, methods, sections_of
 
 ROOT = Path(__file__).parents[2]
 ROUTING = [one for one in methods() if one.kind in DOCUMENTED]
@@ -123,7 +123,7 @@ def test_records_are_plain_and_whole() -> None:
     [record] = [one.record() for one in ROUTING if (one.kind, one.name) == ("selection", "top_p")]
     assert list(record["sections"]) == list(SECTIONS)
     assert {"name": "threshold", "type": "float", "default": "0.4"}.items() <= record["settings"][0].items()
-    known = catalog.claims().get("selection/top_p")
+    known = claims().get("selection/top_p")
     assert (record["obj"], record["claim"]) == ("TopP", known)
     assert record["status"] == (known["status"] if known else None)
 
