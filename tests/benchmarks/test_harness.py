@@ -50,11 +50,11 @@ def test_calls_take_turns_and_medians_ignore_an_outlier() -> None:
 
 
 def test_unknown_benchmarks_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="experts, measure, run, shrink, trace"):
+    with pytest.raises(ConfigError, match="experts, measure, routing, run, shrink, trace, train"):
         harness.find("nonsense")
     result = CliRunner().invoke(app, ["bench"])
     names = [line.partition(":")[0] for line in result.stdout.splitlines()]
-    assert names == ["experts", "measure", "run", "shrink", "trace"]
+    assert names == ["experts", "measure", "routing", "run", "shrink", "trace", "train"]
 
 
 def test_verb_prints_rows_and_fails_where_a_goal_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:

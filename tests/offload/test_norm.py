@@ -62,7 +62,7 @@ def test_many_rows_odd_strides_and_other_dtypes_are_left_to_the_family() -> None
     [
         Gemma3RMSNorm(32).bfloat16(),  # its weight is one less than the factor
         norm(32).float(),
-        norm(24),
+        norm(3 * LANES // 2),
         nn.LayerNorm(32).bfloat16(),
         nn.BatchNorm1d(32).bfloat16(),
     ],
