@@ -79,3 +79,26 @@ def test_autocast_stays_near_float32() -> None:
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
     assert rounded.item() == pytest.approx(exact.item(), rel=0.02)
     assert rounded.item() != exact.item()
+
+
+@pytest.mark.parametrize("numba", [True, False], ids=["kernel", "torch"])
+@pytest.mark.parametrize("V", [3, 16, 17, 31, 97, 4096])
+def test_nats_of_logits_and_their_gradient(V: int, numba: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(V)
+    z = 10 * torch.randn(13, V, generator=generator)
+    target = torch.randint(V, (26,), generator=generator)[::2]
+    z[2, target[2]], z[3], z[4, target[4]] = -300.0, -1e4, 1e4  # what no softmax may overflow at
+    exact = z.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, target, reduction="none")
+    expected.sum().backward()
+    if not numba:
+        monkeypatch.setattr(objective, "missing", ImportError("no numba"))
+    kept = z.clone()
+    nats, gradient = objective._nats(z, target)
+    torch.testing.assert_close(nats, expected.detach().float(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(gradient, exact.grad.float(), rtol=1e-5, atol=1e-6)
+    assert (gradient is z) == (numba and V >= 16), "the kernel works in place"
+    kept[5, V // 2] = torch.nan
+    nats, gradient = objective._nats(kept, target)
+    assert nats.isnan().tolist() == [row == 5 for row in range(13)]
+    assert gradient[5].isnan().any()

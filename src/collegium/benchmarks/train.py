@@ -28,8 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from collegium.benchmarks.harness import Row, Say, gemm_rate
+from collegium.data import open_corpus
 from collegium.errors import ConfigError
 from collegium.models import export
 from collegium.train.build import build_model
@@ -89,15 +91,21 @@ def run(quick: bool, say: Say) -> Iterator[Row]:
 
 
 def _recipe(folder: Path, steps: int) -> Recipe:
-    data = {"mask_documents": False, "options": {"max_bytes_per_domain": BYTES_PER_DOMAIN}, "cache": folder / "cache"}
+    data = {"mask_documents": False, "corpus": str(folder / "text.jsonl"), "cache": folder / "cache"}
     settings = {f"data.{name}": value for name, value in data.items()}
     return Recipe.parse(RECIPE, {**settings, "run.steps": steps})
 
 
 def _make(recipe: Recipe, folder: Path) -> None:
-    """Write the recipe, its packed text, and the model as the peer reads it."""
+    """Write the text, the recipe, the packed sequences of both sides, and the model as the peer reads it."""
+    corpus = open_corpus("local", max_bytes_per_domain=BYTES_PER_DOMAIN)
+    with open(recipe.data.corpus, "w", encoding="utf-8") as text:
+        for document in corpus.documents():
+            text.write(json.dumps({"text": document.text, "domain": document.domain}) + "\n")
     (folder / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
-    export(build_model(recipe, prepare(recipe, Ranks()).tokenizer), "qwen3_moe").save_pretrained(folder / "peer")
+    tokenizer = prepare(recipe, Ranks()).tokenizer
+    logging.disable_progress_bar()  # the lines of `say` tell what goes on
+    export(build_model(recipe, tokenizer), "qwen3_moe").save_pretrained(folder / "peer")
 
 
 # ---- turns -----------------------------------------------------------------------------------------------------------

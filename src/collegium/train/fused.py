@@ -1,5 +1,5 @@
-"""What surrounds the experts in a training step, on a CPU in float32: norms and the way into attention by kernels of
-our own, equal to transformers' within rounding.
+"""What surrounds the experts in a training step, on a CPU in float32: norms and attention by kernels of our own, equal
+to transformers' within rounding.
 
 A module's class is replaced by a subclass of it, so that parameters, names and checkpoints stay what they are. It runs
 the original code wherever the kernels have no business: other devices and dtypes, autocast, a key-value cache.
@@ -17,14 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from collegium.experts.compute.cpu_pool import launch
-from collegium.experts.compute.jit import missing
-from collegium.train.fused_kernels import ITEMS, address
+from collegium.experts.compute.cpu_pool import float_bits, launch
+from collegium.experts.compute.jit import LANES, missing
+from collegium.train import attention_kernels, fused_kernels
+from collegium.train.fused_kernels import ITEMS
 
 __all__ = ["fuse_around_experts"]
 
 _FAMILIES = ("llama", "mistral", "mixtral", "qwen3", "qwen3_moe")
 """Whose attention projects, norms the heads if at all, rotates them whole, and attends."""
+_LONGEST = 1024
+"""Positions up to which scores stay in the cache; beyond, torch's attention, which takes keys in pieces."""
 
 
 @torch.no_grad()
@@ -72,8 +75,8 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     return torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def _launch(kernel: str, *parameters: int | Tensor) -> None:
-    launch(address(kernel), *(p.data_ptr() if isinstance(p, Tensor) else p for p in parameters))
+def _launch(kernel: int, *parameters: int | Tensor) -> None:
+    launch(kernel, *(p.data_ptr() if isinstance(p, Tensor) else p for p in parameters))
 
 
 def _refuse_second_derivative() -> None:
@@ -103,7 +106,7 @@ class _NormFunction(torch.autograd.Function):
         x, d = x.contiguous(), len(weight)
         scale = torch.empty(x.numel() // d)
         y = torch.empty_like(x)
-        _launch("norm", len(scale), d, x, weight, torch.tensor([eps]), y, scale)
+        _launch(fused_kernels.address("norm"), len(scale), d, x, weight, torch.tensor([eps]), y, scale)
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -112,7 +115,17 @@ class _NormFunction(torch.autograd.Function):
         _refuse_second_derivative()
         x, weight, scale = ctx.saved_tensors
         d_x, d_weight = torch.empty_like(x), torch.zeros(ITEMS, len(weight))
-        _launch("norm_back", len(scale), len(weight), x, weight, scale, grads[0].contiguous(), d_x, d_weight)
+        _launch(
+            fused_kernels.address("norm_back"),
+            len(scale),
+            len(weight),
+            x,
+            weight,
+            scale,
+            grads[0].contiguous(),
+            d_x,
+            d_weight,
+        )
         return d_x, d_weight.sum(0), None
 
 
@@ -148,7 +161,10 @@ class _Attention(nn.Module):
             return whole
         dropout = me.attention_dropout if self.training else 0.0
         states = _heads(me, hidden_states, *position_embeddings)
-        y, weights = attend(self, *states, attention_mask, dropout=dropout, scaling=me.scaling, **kwargs)
+        if me.config._attn_implementation == "sdpa" and not dropout and _fits(states[0], attention_mask):
+            y, weights = _AttendFunction.apply(*states, attention_mask, me.scaling), None
+        else:
+            y, weights = attend(self, *states, attention_mask, dropout=dropout, scaling=me.scaling, **kwargs)
         return me.o_proj(y.flatten(2)), weights
 
 
@@ -181,7 +197,7 @@ class _HeadsFunction(torch.autograd.Function):
             out, scale = torch.empty(B, H, S, D), torch.empty(B * S * H)
             sizes = _sizes(rows, H, cos, norm)
             weight = torch.ones(D) if norm is None else norm
-            _launch("heads", *sizes, rows[..., first:], weight, epsilon, cos, sin, out, scale)
+            _launch(fused_kernels.address("heads"), *sizes, rows[..., first:], weight, epsilon, cos, sin, out, scale)
             states.append(out)
             scales.append(scale)
             first += len(w)
@@ -199,7 +215,7 @@ class _HeadsFunction(torch.autograd.Function):
             weight, d_norm = torch.ones(D) if norm is None else norm, torch.zeros(ITEMS, D)
             grad = grad if grad.stride(-1) == 1 else grad.contiguous()
             places = (rows[..., first:], weight, scale, cos, sin, grad, d_rows[..., first:], d_norm)
-            _launch("heads_back", *sizes, *places, *grad.stride()[:3])
+            _launch(fused_kernels.address("heads_back"), *sizes, *places, *grad.stride()[:3])
             d_norms.append(None if norm is None else d_norm.sum(0))
             first += len(w)
         d_rows[..., first:].unflatten(-1, (-1, D)).copy_(grads[2].transpose(1, 2))
@@ -217,6 +233,48 @@ def _sizes(rows: Tensor, H: int, cos: Tensor, norm: Tensor | None) -> tuple[int,
     return B, S, H, D, R, int(norm is not None), 0 if len(cos) == 1 else S * D
 
 
+def _fits(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernels attend for these heads ``[B, H, S, D]``."""
+    B, _, S, D = query.shape
+    if S % LANES or D % LANES or S > _LONGEST:
+        return False
+    return mask is None or (mask.dtype == torch.bool and mask.shape in ((B, 1, S, S), (1, 1, S, S)))
+
+
+class _AttendFunction(torch.autograd.Function):
+    """Attention of heads ``[B, H, S, D]`` to keys and values ``[B, G, S, D]``, causal or with a mask ``[B, 1, S, S]``;
+    ``[B, S, H, D]``, as the layer after it takes it."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        B, H, S, D = q.shape
+        mask = None if mask is None else mask.expand(B, 1, S, S).contiguous()
+        y = torch.empty(B, S, H, D)
+        _attend("attend", (q, k, v, y.transpose(1, 2)), mask, scale)
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
+        q, k, v, mask = ctx.saved_tensors
+        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros(v.shape)
+        grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
+        _attend("attend_back", (q, k, v, grad.transpose(1, 2), d_q, d_k, d_v), mask, ctx.scale)
+        return d_q, d_k, d_v, None, None
+
+
+def _attend(kernel: str, tensors: tuple[Tensor, ...], mask: Tensor | None, scale: float) -> None:
+    """Run a kernel of attention on ``[B, heads, S, D]`` tensors, in the order of its parameters."""
+    B, H, S, D = tensors[0].shape
+    G, room = tensors[1].shape[1], attention_kernels.scratch_floats(S, D)
+    threads, scratch = torch.zeros(1, dtype=torch.int64), torch.empty(torch.get_num_threads(), room)
+    places = [number for one in tensors for number in (one.data_ptr(), *one.stride()[:3])]
+    sizes = (B, S, G, H // G, D, float_bits(scale), torch.tensor([scale]))
+    _launch(attention_kernels.address(kernel), *sizes, 0 if mask is None else mask, threads, scratch, room, *places)
+
+
 def _same_attention(attention: Any, model: Any) -> bool:
     projections = [getattr(attention, f"{name}_proj", None) for name in "qkv"]
     if not all(isinstance(one, nn.Linear) and one.bias is None and _plain(one.weight) for one in projections):
@@ -226,8 +284,8 @@ def _same_attention(attention: Any, model: Any) -> bool:
         return False
     if len(norms) not in (0, 2) or getattr(attention, "sliding_window", None):
         return False
-    x = torch.randn(2, 5, projections[0].in_features, generator=torch.Generator().manual_seed(0))  # type: ignore[union-attr]
-    places = model.get_decoder().rotary_emb(x, torch.arange(10).view(2, 5))
+    x = torch.randn(2, LANES, projections[0].in_features, generator=torch.Generator().manual_seed(0))  # type: ignore[union-attr]
+    places = model.get_decoder().rotary_emb(x, torch.arange(2 * LANES).view(2, LANES))
     if places[0].shape[-1] != attention.head_dim:
         return False
     training = attention.training

@@ -1,11 +1,11 @@
-"""Kernels of what surrounds the experts in a training step on a CPU: root-mean-square norms, and the norm and rotation
-of queries and keys. Each goes over its numbers once, where torch goes over them some ten times.
+"""Kernels of what surrounds the experts in a training step on a CPU: root-mean-square norms, the norm and rotation of
+queries and keys, and the loss of logits. Each goes over its numbers once, where torch does up to ten times.
 
 Everything is float32 and computed row by row, in the same order whatever the number of threads; the gradients of
 weights are sums over `ITEMS` runs of rows, which the caller adds up.
 
 Legend: n rows of d numbers; T = B * S tokens of H heads with D numbers each, rows of R numbers in memory; y = w x r,
-with ``r = 1 / sqrt(mean(x**2) + eps)``, the scale of a row.
+with ``r = 1 / sqrt(mean(x**2) + eps)``, the scale of a row. V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,12 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from collegium.experts.compute import cpu_kernels
-from collegium.experts.compute.cpu_kernels import _next, _pointer
-from collegium.experts.compute.jit import carray, njit
-from collegium.experts.compute.stored_vectors import compiled
+from collegium.experts.compute import cpu_kernels, stored_vectors
+from collegium.experts.compute.cpu_kernels import (
+    _for_columns,
+    _from_lane,
+    _load,
+    _next,
+    _offset,
+    _pointer,
+    _splat,
+    _store,
+)
+from collegium.experts.compute.jit import LANES, carray, cgutils, intrinsic, njit, types
+from collegium.experts.compute.stored_vectors import VECTOR, _exp, compiled, lane_sum, spread
 
-__all__ = ["ITEMS", "address"]
+__all__ = ["ITEMS", "LANES", "address"]
 
 ITEMS = 64
 """Runs of rows that threads take one after the other."""
@@ -68,6 +77,41 @@ def _rotate_back(grad: Any, cos: Any, sin: Any, half: Any, out: Any) -> None:
         first, second = grad[k], grad[half + k]
         out[k] = first * cos[k] + second * sin[half + k]
         out[half + k] = second * cos[half + k] - first * sin[k]
+
+
+@njit(fastmath=_SUMS | {"nnan"})
+def _largest(z: Any, V: Any) -> Any:
+    """Of a row without NaN; of one with some, any number."""
+    largest = z[0]
+    for k in range(V):
+        if z[k] > largest:
+            largest = z[k]
+    return largest
+
+
+@intrinsic
+def _exponentials(typing: Any, z: Any, length: Any, largest: Any) -> Any:
+    """Replace the numbers at address `z`, at least `LANES` of them, by ``exp(z - largest)``; their sum."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        z, length, largest = args
+        top, total = spread(b, largest), cgutils.alloca_once_value(b, _splat(0.0, VECTOR))
+
+        def body(i: Any, first: Any) -> None:
+            place = _offset(b, z, i, 4)
+            before = _load(b, place, 4)
+            share = _exp(b, b.fsub(before, top))
+            if first is None:
+                _store(b, share, place, 4)
+            else:  # the lanes before the first new one are done
+                share = _from_lane(b, first, share)
+                _store(b, b.fadd(share, b.fsub(before, _from_lane(b, first, before))), place, 4)
+            b.store(b.fadd(b.load(total), share), total)
+
+        _for_columns(b, length, body)
+        return lane_sum(b, b.load(total))
+
+    return types.float32(types.int64, types.int64, types.float32), generate
 
 
 @njit
@@ -160,7 +204,28 @@ def heads_back(parameters: Any) -> None:
                     _norm_back(x, w, scales[t * H + h], dx, D, dx, dw)
 
 
+def nats(parameters: Any) -> None:
+    """The loss of each row of logits, and its gradient in their place.
+
+    Parameters: counter, n, V, then addresses: logits ``[n, V]``, the target of each row, its nats ``[n]``.
+    """
+    n, V = parameters[1], parameters[2]
+    targets, found = _pointer(parameters[4], V), _row(parameters[5], 0, n)
+    while True:
+        i = _next(parameters)
+        if i >= n:
+            break
+        z, t = _row(parameters[3], i, V), targets[i]
+        largest, chosen = _largest(z, V), z[t]
+        total = _exponentials(parameters[3] + i * V * 4, V, largest)
+        found[i] = np.log(total) + (largest - chosen)
+        scale = np.float32(1) / total
+        for k in range(V):
+            z[k] *= scale
+        z[t] -= np.float32(1)
+
+
 @functools.cache
 def address(name: str) -> int:
     """The address of the compiled kernel `name`: compiled on first use, kept on disk for the next process."""
-    return compiled(globals()[name], cpu_kernels)
+    return compiled(globals()[name], cpu_kernels, stored_vectors)

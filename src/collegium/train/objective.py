@@ -15,6 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from collegium.experts.compute.cpu_pool import launch
+from collegium.experts.compute.jit import missing
+from collegium.train.fused_kernels import LANES, address
+
 __all__ = ["Objective", "chunks", "in_autocast_dtype"]
 
 CHUNK_BYTES = 2 << 20
@@ -98,6 +102,18 @@ def chunks(rows: int, columns: int) -> Iterator[slice]:
     return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
 
 
+def _nats(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """``[n]`` the cross-entropy of each row of logits ``z [n, V]`` float32, and its gradient ``[n, V]``, softmax -
+    onehot, which may take the place of `z`."""
+    if missing is None and z.device.type == "cpu" and z.shape[1] >= LANES:
+        nats, target = torch.empty(len(z)), target.contiguous()
+        launch(address("nats"), *z.shape, z.data_ptr(), target.data_ptr(), nats.data_ptr())
+        return nats, z
+    target, z = target[:, None], z.log_softmax(-1)
+    nats = -z.gather(1, target).squeeze(1)
+    return nats, z.exp_().scatter_add_(1, target, torch.full_like(target, -1.0, dtype=z.dtype))
+
+
 class _HeadLoss(torch.autograd.Function):
     """``scale * sum_n cross_entropy(hidden @ weight.T, target)_n``, its gradients taken along with the value.
 
@@ -111,10 +127,9 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for rows in chunks(hidden.shape[0], weight.shape[0]):
-            h, t = hidden.detach()[rows], target[rows, None]
-            z = (h @ operand.T).float().log_softmax(-1)
-            total -= z.gather(1, t).sum(dtype=torch.float64)
-            z.exp_().scatter_add_(1, t, torch.full_like(t, -1.0, dtype=z.dtype))
+            h = hidden.detach()[rows]
+            nats, z = _nats((h @ operand.T).float(), target[rows])
+            total += nats.sum(dtype=torch.float64)
             z = z.to(hidden.dtype)
             torch.mm(z, operand, out=grad_hidden[rows])
             if grad_weight.dtype == z.dtype:

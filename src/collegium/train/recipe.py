@@ -125,8 +125,8 @@ class RunSpec(_Spec):
         steps, tokens: length of the run; exactly one is given.
         batch_size: sequences per optimizer step over all processes.
         accumulate: micro-batches each process splits its share into.
-        fuse: norms and the way into attention by kernels of our own, equal within rounding, where they apply (a CPU in
-            float32); False leaves transformers' own.
+        fuse: norms and attention by kernels of our own, equal within rounding, where they apply (a CPU in float32,
+            families that they know); False leaves transformers' own.
         compile: fuse what surrounds the FFNs (attention, norms) with torch.compile; needs a C++ compiler on a CPU. It
             takes the place of `fuse`.
         precision: "bfloat16" runs under autocast; parameters and optimizer state stay float32.
