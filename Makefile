@@ -22,6 +22,8 @@ claims: $(STAMP) ## the claim experiments; writes src/collegium/claims.json
 bench: $(STAMP)  ## every benchmark, as ratios against a peer in the same run
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/collegium bench experts
+	$(BIN)/collegium bench routing
+	$(BIN)/collegium bench train
 	$(BIN)/collegium bench trace
 	$(BIN)/collegium bench measure
 	$(BIN)/collegium bench shrink

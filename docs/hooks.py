@@ -10,7 +10,7 @@ from typing import Any
 from collegium.benchmarks.harness import cost
 from collegium.measure import metrics
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "bench"
 
 
 def bench_table(name: str) -> str:

@@ -56,7 +56,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
 MOST = 0.10
 SETTINGS = {"ssr": ({"probability": 1.0}, "a step with its plan")}
 """System -> settings other than its own, and what they mean."""
-REPEATS, QUICK_REPEATS = 5, 3
+REPEATS, FEW = 5, 3
+"""Turns of the two kinds, and of whatever has no goal or is to be quick."""
 ALONE = 25
 """Turns of a router alone."""
 
@@ -64,7 +65,7 @@ ALONE = 25
 def run(quick: bool, say: Say) -> Iterator[Row]:
     """The two kinds of routers with their peers, then all systems."""
     say("bench routing: rate of this machine")
-    rate, repeats = gemm_rate(torch.float32), QUICK_REPEATS if quick else REPEATS
+    rate, repeats = gemm_rate(torch.float32), FEW if quick else REPEATS
     for dtype in [torch.float32] if quick else [torch.float32, torch.bfloat16]:
         weights = _Weights(dtype)
         short = str(dtype).removeprefix("torch.")
@@ -78,7 +79,7 @@ def run(quick: bool, say: Say) -> Iterator[Row]:
                 settings, word = SETTINGS.get(system.name, ({}, ""))
                 layer = weights.layer({**PLAIN, "router": {system.name: settings}})
                 name = f"{system.name} ({word})" if word else system.name
-                yield from _overhead(name, layer, rate, repeats, None, say)
+                yield from _overhead(name, layer, rate, FEW, None, say)
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------

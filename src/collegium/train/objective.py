@@ -21,9 +21,9 @@ from collegium.train.fused_kernels import LANES, address
 
 __all__ = ["Objective", "chunks", "in_autocast_dtype"]
 
-CHUNK_BYTES = 2 << 20
-"""Logits held at a time: what stays in a CPU's cache between the product, the softmax and the products back. Measured
-at d = 192, V = 4096: the whole costs no more than its three matrix products over all rows at once."""
+CHUNK_BYTES = 8 << 20
+"""Logits held at a time: what stays in a CPU's cache between the product, the softmax and the products back, and is
+large enough for these to run at full rate. Measured at d = 192, V = 4096: 2 MB take 4 to 15 % longer, 16 MB as long."""
 
 
 class Objective:

@@ -14,14 +14,13 @@ Legend: B sequences, S positions, N = B*(S-1) predicted tokens, n rows of a chun
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from collegium.train.objective import CHUNK_BYTES, Objective
+from collegium.train.objective import Objective, chunks
 
 __all__ = ["Distiller", "Targets", "token_losses"]
 
@@ -99,17 +98,12 @@ class Distiller(Objective):
         if self.weight is None:
             return Targets.of(hidden, count)
         weight = self.weight.to(hidden.dtype)
-        parts = [Targets.of(hidden[rows] @ weight.T, count) for rows in _chunks(len(hidden), len(weight))]
+        parts = [Targets.of(hidden[rows] @ weight.T, count) for rows in chunks(len(hidden), len(weight))]
         return Targets(
             torch.cat([part.ids for part in parts]),
             torch.cat([part.probability for part in parts]),
             torch.cat([part.rest for part in parts]),
         )
-
-
-def _chunks(rows: int, columns: int) -> Iterator[slice]:
-    size = max(1, CHUNK_BYTES // (4 * columns))
-    return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -124,7 +118,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         sums = torch.zeros(2, dtype=torch.float64, device=hidden.device)
-        for rows in _chunks(N, len(weight)):
+        for rows in chunks(N, len(weight)):
             z = (hidden[rows] @ weight.T).requires_grad_()
             with torch.enable_grad():
                 chunk = None if targets is None else targets[rows]
