@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from collegium.compress.recover import losses
 from collegium.compress.recover.losses import Distiller, Targets, token_losses
+from collegium.train import objective
 from tiny import families, tiny_inputs, tiny_model
 
 
@@ -65,7 +65,7 @@ def test_loss_and_gradients_are_those_of_the_formula(
     model, teacher = tiny_model(family, **scaled), tiny_model(family, seed=1, **scaled)
     inputs = tiny_inputs(model)
     target = inputs["input_ids"][:, 1:].reshape(-1)
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 5 * 4 * 64)  # five rows at a time
+    monkeypatch.setattr(objective, "CHUNK_BYTES", 5 * 4 * 64)  # five rows at a time
     targets = Distiller(teacher).targets(inputs, 8)
     with torch.no_grad():
         whole = Targets.of(teacher(**inputs).logits[:, :-1].reshape(target.numel(), -1), 8)
