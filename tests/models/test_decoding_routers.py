@@ -61,6 +61,31 @@ def test_with_a_cache_as_without(router: Any, family: str, attention: str) -> No
 
 
 @pytest.mark.parametrize("router", [ATTENTION, SIMILARITY], ids=["attention", "similarity"])
+def test_beams_take_along_what_routers_keep(router: Any) -> None:
+    model = installed(router)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.2)  # beams that are close to one another change places
+    ids = tiny_inputs(model, batch=2, length=6)["input_ids"]
+    asked = {"num_beams": 4, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cached, afresh = (model.generate(ids, use_cache=use, **asked) for use in (True, False))
+    assert torch.equal(cached, afresh)
+
+
+@pytest.mark.parametrize("router", [ATTENTION, SIMILARITY], ids=["attention", "similarity"])
+@pytest.mark.parametrize("how", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave"])
+def test_sequences_of_a_cache_may_change_places(router: Any, how: str) -> None:
+    model = installed(router)
+    ids = tiny_inputs(model, batch=3, length=8)["input_ids"]
+    places = torch.tensor([2, 0, 0]) if how != "batch_repeat_interleave" else torch.arange(3).repeat_interleave(2)
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :7], use_cache=True).past_key_values
+        getattr(cache, how)(2 if how == "batch_repeat_interleave" else places)
+        found = model(input_ids=ids[places, 7:], past_key_values=cache).logits[:, 0]
+        whole = model(input_ids=ids[places], use_cache=False).logits[:, 7]
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("router", [ATTENTION, SIMILARITY], ids=["attention", "similarity"])
 def test_it_averages_and_is_causal(router: Any) -> None:
     model, plain = installed(router), installed({"weigh": {"normalise": True}})
     ids = tiny_inputs(model, batch=1, length=10)["input_ids"]

@@ -118,9 +118,18 @@ class Cut(Transform):
         return replace(scores, probs=scores.probs.detach())
 
 
+@dataclass(frozen=True)
+class ThirtyTwo(Transform):
+    """Knows one number of tokens."""
+
+    def __call__(self, scores: Scores, context: RoutingContext) -> Scores:
+        return replace(scores, selection=scores.selection + torch.zeros(32, 1))
+
+
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
+        ({"transforms": [ThirtyTwo()]}, "check_record: RuntimeError: The size of tensor"),
         ({"selection": Twice()}, "twice"),
         ({"transforms": [Peeks()]}, "later tokens"),
         ({"selection": ByPlace()}, "check_pieces: with a cache"),

@@ -6,6 +6,7 @@ Legend: B sequences, S new tokens, L tokens that attention looks at, G key-value
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -94,7 +95,37 @@ class _Memory:
     def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
+            if not isinstance(cache, _Followed):
+                cache.__class__ = _followed(type(cache))
+            cache.router_memories = self.now
             self.known[cache] = (self.now, int(cache.get_seq_length()))
+
+
+class _Followed:
+    """Before a cache's own class: what routers keep of its sequences moves with them, as in beam search."""
+
+    router_memories: list[dict[str, Tensor]]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._move(lambda one: one.index_select(0, beam_idx.to(one.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._move(lambda one: one[indices.to(one.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._move(lambda one: one.repeat_interleave(repeats, 0))
+
+    def _move(self, change: Callable[[Tensor], Tensor]) -> None:
+        for memory in self.router_memories:
+            memory.update({name: change(kept) for name, kept in memory.items()})
+
+
+@functools.cache
+def _followed(kind: Any) -> Any:
+    return type(kind.__name__, (_Followed, kind), {"__module__": kind.__module__})
 
 
 def _past(kwargs: dict[str, Any]) -> int:

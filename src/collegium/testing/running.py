@@ -11,9 +11,12 @@ Make = TypeVar("Make")
 
 
 def run_all(checks: Sequence[Callable[[Make], None]], make: Make) -> None:
-    """Call every check with `make`. Raises AssertionError, which names the first check that fails."""
+    """Call every check with `make`. Raises AssertionError, which names the first check that fails, or in which something
+    else was raised."""
     for check in checks:
         try:
             check(make)
         except AssertionError as error:
             raise AssertionError(f"{check.__name__}: {error}") from error
+        except Exception as error:
+            raise AssertionError(f"{check.__name__}: {type(error).__name__}: {error}") from error
