@@ -96,7 +96,8 @@ class _Memory:
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
             if not isinstance(cache, _Followed):
-                cache.__class__ = _followed(type(cache))
+                kind: Any = type(cache)
+                cache.__class__ = _followed(kind)
             cache.router_memories = self.now
             self.known[cache] = (self.now, int(cache.get_seq_length()))
 

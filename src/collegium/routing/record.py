@@ -256,8 +256,8 @@ class RoutingContext:
         mix: callable ``values [T, n] -> [T, n]`` that averages over tokens as this layer's attention does, those of the
             past included that a key-value cache holds; called once a forward.
         shape: ``(sequences, tokens of each)`` with T their product; None where all tokens are one sequence.
-        memory: what parts of this layer keep of the sequences between the forwards of a key-value cache, by name, a row a
-            sequence; None where there is no cache.
+        memory: what parts of this layer keep of the sequences between the forwards of a key-value cache, by name, a row
+            a sequence; None where there is no cache.
         document, position, modality, task: ``[T]`` int64 ids.
         timestep: ``[T]`` or scalar, for diffusion models.
         valid: ``[T]`` bool, False for padding.

@@ -11,8 +11,8 @@ Make = TypeVar("Make")
 
 
 def run_all(checks: Sequence[Callable[[Make], None]], make: Make) -> None:
-    """Call every check with `make`. Raises AssertionError, which names the first check that fails, or in which something
-    else was raised."""
+    """Call every check with `make`. Raises AssertionError, which names the first check that fails, or that
+    something else was raised in."""
     for check in checks:
         try:
             check(make)
