@@ -41,11 +41,12 @@ def bits(outcomes: list[Any]) -> list[float]:
 def preferred(subject: Subject, domain: str) -> list[Tensor]:
     """``[E]`` mean router probability of each layer, on the domain's calibration documents."""
     layers = moe_layers(subject.model)
-    sums = [torch.zeros(layer.gate.num_experts) for layer in layers]
-    handles = [
-        layer.gate.register_forward_hook(lambda module, args, routing, at=at: sums[at].add_(routing.probs.sum(0)))
-        for at, layer in enumerate(layers)
-    ]
+    sums = {layer.gate: torch.zeros(layer.gate.num_experts) for layer in layers}
+
+    def add(gate: Any, args: Any, routing: Any) -> None:
+        sums[gate] += routing.probs.sum(0)
+
+    handles = [gate.register_forward_hook(add) for gate in sums]
     batches = document_batches(
         subject.corpus, subject.tokenizer, "valid", sequence_length=128, batch_size=32, max_tokens=60_000
     )
@@ -56,7 +57,7 @@ def preferred(subject: Subject, domain: str) -> list[Tensor]:
             subject.model(input_ids=batch["input_ids"][rows])
     for handle in handles:
         handle.remove()
-    return sums
+    return list(sums.values())
 
 
 def loss_with(subject: Subject, domain: str, kept: list[Tensor]) -> float:
