@@ -23,9 +23,9 @@ RULES = {
     "proportional": LossFreeBias(rate=0.01 * K / 16, error="proportional"),
     "proportional / n": LossFreeBias(rate=1.0, error="proportional", decay=1.0),
 }
-"""The controller that has no theory, then the step rules of the paper. The constant step is 0.01 / T for each token, with
-which the derivation of the monotone dual was checked; with larger ones the dual rose in up to 1 % of steps, once the
-load was even."""
+"""The controller that has no theory, then the step rules of the paper. The constant step is 0.01 / T for each token,
+with which the derivation of the monotone dual was checked; with larger ones the dual rose in up to 1 % of steps, once
+the load was even."""
 
 
 def run(rule: LossFreeBias, seed: int) -> tuple[float, float, float]:
