@@ -33,7 +33,10 @@ CANNOT_BE = [
     ("router={moge: {groups: 3}}", "groups is 3, which does not divide 8 experts into equal groups; take a divisor"),
     ("router={moge: {groups: 0}}", "groups is 0, which does not divide 8 experts"),
     ("router={moge: {groups: 4}}", "top_k is 2, which 4 groups cannot give equal parts of"),
-    ("router={transforms: [{group_limit: {groups: 3, keep: 1}}]}", "n_group is 3, .* 8 experts .* take a divisor"),
+    (
+        "router={transforms: [{group_limit: {groups: 3, keep: 1}}]}",
+        r"groups \(n_group\) is 3, .* 8 experts .* divisor",
+    ),
     ("n_group=4", "n_group is 4 and topk_group is None; set both or neither"),
     ("balance.losses=[{device_balance: {groups: 3}}]", "device_balance: 3 groups do not divide 8 experts evenly"),
     # no places, or fewer than none
@@ -89,7 +92,10 @@ def test_what_cannot_be_is_refused_before_anything_is_read(field: str, words: st
     [
         (lambda: MoE(16, 8, 8, 9), "num_experts_per_tok is 9, it must be from 1 to 8 experts"),
         (lambda: MoE(16, 8, 6, 9, zero_experts=["zero"] * 2), "num_experts_per_tok is 9, it must be from 1 to 8"),
-        (lambda: MoE(16, 8, 8, 2, router={"n_group": 3, "topk_group": 1}), "n_group is 3, which does not divide 8"),
+        (
+            lambda: MoE(16, 8, 8, 2, router={"n_group": 3, "topk_group": 1}),
+            r"groups \(n_group\) is 3, which does not divide 8",
+        ),
         (lambda: Router(16, 8, 2, num_true=9), "9 of 8 experts cannot compute something; it is 1 to all of them"),
         (lambda: MoE(16, 8, 8, 2, router=Router(16, 4, 2)), "2 of 4 experts, the layer for width 16 and 2 of 8"),
     ],

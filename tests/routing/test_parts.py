@@ -355,9 +355,9 @@ def test_a_model_writes_with_a_cache_as_without(inference):
     [
         ({"top_k": 9}, "top_k is 9 but the layer has 8 experts"),
         ({"top_k": 0}, "top_k is 0 but the layer has 8 experts"),
-        ({"transforms": [GroupLimit(3, 1)]}, "n_group is 3, which does not divide 8 experts"),
-        ({"transforms": [GroupLimit(0, 1)]}, "n_group is 0"),
-        ({"transforms": [GroupLimit(4, 5)]}, "topk_group is 5; with n_group 4 it must be 1 to 4"),
+        ({"transforms": [GroupLimit(3, 1)]}, r"groups \(n_group\) is 3, which does not divide 8 experts"),
+        ({"transforms": [GroupLimit(0, 1)]}, r"groups \(n_group\) is 0"),
+        ({"transforms": [GroupLimit(4, 5)]}, r"keep \(topk_group\) is 5; with 4 groups it must be 1 to 4"),
         ({"transforms": [GroupLimit(4, 1)], "top_k": 3}, "top_k is 3, but 1 groups of 2 experts hold only 2"),
         ({"transforms": [GroupLimit(8, 4)], "top_k": 2}, "'top2_sum' needs two experts per group"),
         ({"transforms": [GroupLimit(4, 2, "mean")]}, "group_score is 'mean'"),

@@ -53,25 +53,26 @@ class GroupLimit(Transform):
     masked_value: float = -math.inf
 
     def check(self, num_experts: int, top_k: int, parts: tuple[Part, ...]) -> None:
-        n_group, topk_group = self.groups, self.keep
-        if n_group < 1 or num_experts % n_group:
+        groups, keep = self.groups, self.keep
+        if groups < 1 or num_experts % groups:
             raise ConfigError(
-                f"n_group is {n_group}, which does not divide {num_experts} experts into equal groups; take a divisor"
+                f"groups (n_group) is {groups}, which does not divide {num_experts} experts into equal groups; take a "
+                "divisor"
             )
-        if not 1 <= topk_group <= n_group:
-            raise ConfigError(f"topk_group is {topk_group}; with n_group {n_group} it must be 1 to {n_group}")
-        size = num_experts // n_group
-        if top_k > topk_group * size:
+        if not 1 <= keep <= groups:
+            raise ConfigError(f"keep (topk_group) is {keep}; with {groups} groups it must be 1 to {groups}")
+        size = num_experts // groups
+        if top_k > keep * size:
             raise ConfigError(
-                f"top_k is {top_k}, but {topk_group} groups of {size} experts hold only {topk_group * size}; "
-                "raise topk_group or lower n_group or top_k"
+                f"top_k is {top_k}, but {keep} groups of {size} experts hold only {keep * size}; raise keep "
+                "(topk_group), or lower groups (n_group) or top_k"
             )
         if self.group_score not in ("max", "top2_sum"):
             raise ConfigError(f"group_score is {self.group_score!r}; it must be 'max' or 'top2_sum'")
         if self.group_score == "top2_sum" and size < 2:
             raise ConfigError(
-                f"group_score 'top2_sum' needs two experts per group, but {num_experts} experts in {n_group} groups "
-                "are one each; lower n_group or use 'max'"
+                f"group_score 'top2_sum' needs two experts per group, but {num_experts} experts in {groups} groups are "
+                "one each; lower groups (n_group) or use 'max'"
             )
 
     def __call__(self, scores: Scores, context: RoutingContext) -> Scores:
