@@ -192,7 +192,7 @@ def test_a_run_that_fails_leaves_the_others(data: dict[str, Any], tmp_path: Path
 
 def test_it_stops_and_goes_on(written: Any, tmp_path: Path) -> None:
     """SIGTERM to the arena reaches the run, which writes a checkpoint; the same command ends it."""
-    file = written(methods={"top_k": {"run.steps": 400}}, seeds=[0])
+    file = written(methods={"top_k": {"run.steps": 200}}, seeds=[0])
     out = tmp_path / "out"
     command = [sys.executable, "-m", "collegium", "arena", str(file), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
