@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test claims bench docs clean
+.PHONY: demo test slow claims bench docs clean
 
 demo: $(STAMP)   ## generate, evaluate, trace and plot with the shipped model (under 2 minutes)
 	$(BIN)/collegium demo --out demo
@@ -15,6 +15,9 @@ test: $(STAMP)   ## lint, type-check, architecture floors, fast tests
 	$(BIN)/lint-imports
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not claim and not slow" -n 2 --dist loadfile
+
+slow: $(STAMP)   ## the tests that `make test` leaves out (3 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow and not claim" -n 2 --dist loadfile
 
 claims: $(STAMP) ## the claim experiments; writes src/collegium/claims.json
 	$(BIN)/pytest -m claim tests/claims

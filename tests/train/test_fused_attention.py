@@ -156,20 +156,20 @@ def test_a_model_attends_by_them(called: list[str], kind: str) -> None:
         torch.testing.assert_close(found.grad, p.grad, rtol=1e-3, atol=1e-4 * float(p.grad.abs().max()), msg=name)
 
 
-@pytest.mark.parametrize("why", ["dropout", "length", "another implementation"])
+@pytest.mark.parametrize("why", ["dropout", "length", "another implementation", "not causal"])
 def test_a_model_attends_by_torch(called: list[str], why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
     fuse_around_experts(model)
     called.clear()
-    length = 4 * LANES
+    length, more = 4 * LANES, {"is_causal": False} if why == "not causal" else {}
     if why == "dropout":
         model.model.layers[0].self_attn.attention_dropout = 0.1
         model.model.layers[1].self_attn.attention_dropout = 0.1
     elif why == "length":
         length -= 1
-    else:
+    elif why == "another implementation":
         known = fused.AttentionInterface._global_mapping
         monkeypatch.setitem(known, "mine", known["sdpa"])
         model.config._attn_implementation_internal = "mine"
-    model(input_ids=torch.ones(1, length, dtype=torch.int64), use_cache=False).logits.sum().backward()
+    model(input_ids=torch.ones(1, length, dtype=torch.int64), use_cache=False, **more).logits.sum().backward()
     assert called == []

@@ -161,7 +161,8 @@ class _Attention(nn.Module):
             return whole
         dropout = me.attention_dropout if self.training else 0.0
         states = _heads(me, hidden_states, *position_embeddings)
-        if me.config._attn_implementation == "sdpa" and not dropout and _fits(states[0], attention_mask):
+        causal = kwargs.get("is_causal") in (None, True)
+        if me.config._attn_implementation == "sdpa" and causal and not dropout and _fits(states[0], attention_mask):
             y, weights = _AttendFunction.apply(*states, attention_mask, me.scaling), None
         else:
             y, weights = attend(self, *states, attention_mask, dropout=dropout, scaling=me.scaling, **kwargs)
