@@ -57,6 +57,7 @@ def test_one_method_in_full() -> None:
         "Use it where hard tokens may cost more",
         "Not where the cost of a token must be known",
         "threshold float 0.4 p, above 0 and at most 1.",
+        f"Claim {claims()['selection/top_p']['status']}",
     ):
         assert words in output
     assert "global_batch" not in output

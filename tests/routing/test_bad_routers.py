@@ -35,7 +35,7 @@ CANNOT_BE = [
     ("router={moge: {groups: 4}}", "top_k is 2, which 4 groups cannot give equal parts of"),
     (
         "router={transforms: [{group_limit: {groups: 3, keep: 1}}]}",
-        r"groups \(n_group\) is 3, .* 8 experts .* divisor",
+        r"groups \(n_group\) is 3, .* 8 experts .* take a divisor",
     ),
     ("n_group=4", "n_group is 4 and topk_group is None; set both or neither"),
     ("balance.losses=[{device_balance: {groups: 3}}]", "device_balance: 3 groups do not divide 8 experts evenly"),
