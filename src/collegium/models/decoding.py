@@ -77,14 +77,14 @@ class _Memory:
 
     def __init__(self, layers: list[MoE]) -> None:
         self.layers = layers
-        # what the layers keep beside a cache, and of how many of its tokens
-        self.known: WeakKeyDictionary[Any, tuple[list[dict[str, Tensor]], int]] = WeakKeyDictionary()
+        # cache -> how many of its tokens these layers have seen; what they keep of them is the cache's
+        self.seen: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self.now: list[dict[str, Tensor]] = []
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        past, (self.now, seen) = _past(kwargs), ([{} for _ in self.layers], 0)
-        if past:
-            self.now, seen = self.known.get(kwargs["past_key_values"], (self.now, seen))
+        past, seen, self.now = _past(kwargs), 0, [{} for _ in self.layers]
+        if past and (seen := self.seen.get(kwargs["past_key_values"], 0)):
+            self.now = kwargs["past_key_values"].router_memories
         if past != seen:
             raise ConfigError(
                 f"the cache holds {past} tokens, of which these routers have seen {seen}; begin with an empty one"
@@ -99,7 +99,7 @@ class _Memory:
                 kind: Any = type(cache)
                 cache.__class__ = _followed(kind)
             cache.router_memories = self.now
-            self.known[cache] = (self.now, int(cache.get_seq_length()))
+            self.seen[cache] = int(cache.get_seq_length())
 
 
 class _Followed:

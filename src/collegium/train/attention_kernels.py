@@ -35,14 +35,14 @@ from collegium.experts.compute.jit import LANES, carray, cgutils, intrinsic, nji
 from collegium.experts.compute.stored_vectors import VECTOR, compiled
 from collegium.models import attention_kernel
 from collegium.models.attention_kernel import softmax
+from collegium.train import fused_kernels
+from collegium.train.fused_kernels import _SUMS, _row
 
 __all__ = ["BLOCK", "address", "scratch_floats"]
 
 BLOCK = 32
 """Query rows whose scores are in memory at a time."""
 WIDE = 4 * LANES
-
-_SUMS = {"reassoc", "contract", "nsz"}
 
 
 def scratch_floats(S: int, D: int) -> int:
@@ -108,16 +108,11 @@ def _product(s: Any, s_row: Any, s_next: Any, x: Any, x_row: Any, n: Any, out: A
 
 
 @njit
-def _row(place: Any, length: Any) -> Any:
-    return carray(_pointer(place, np.float32(1)), (length,))
-
-
-@njit
 def _transpose(rows: Any, row: Any, S: Any, D: Any, out: Any) -> None:
     """``[S, D]`` rows, `row` apart, as ``[D, S]``."""
-    columns = _row(out, S * D)
+    columns = _row(out, 0, S * D)
     for i in range(S):
-        one = _row(rows + i * row * 4, D)
+        one = _row(rows + i * row * 4, 0, D)
         for k in range(D):
             columns[k * S + i] = one[k]
 
@@ -158,7 +153,7 @@ def _range(ranges: Any, S: Any, first: Any, last: Any) -> Any:
 @njit
 def _allow(mask: Any, S: Any, i: Any, low: Any, high: Any, scores: Any) -> Any:
     """Set the scores of row i for keys `low` to `high` that it may not see to -inf. How many it may see."""
-    row = _row(scores, high - low)
+    row = _row(scores, 0, high - low)
     if mask == 0:
         for k in range(max(i + 1, low), high):
             row[k - low] = -np.inf
@@ -174,7 +169,7 @@ def _allow(mask: Any, S: Any, i: Any, low: Any, high: Any, scores: Any) -> Any:
 @njit
 def _erase(mask: Any, S: Any, i: Any, low: Any, high: Any, place: Any) -> None:
     """Set the probabilities of keys that row i may not see to 0, of which the kernels' exponential stops short."""
-    row = _row(place, high - low)
+    row = _row(place, 0, high - low)
     if mask == 0:
         for k in range(max(i + 1, low), high):
             row[k - low] = np.float32(0)
@@ -186,14 +181,14 @@ def _erase(mask: Any, S: Any, i: Any, low: Any, high: Any, place: Any) -> None:
 
 @njit
 def _fill(place: Any, length: Any) -> None:
-    row = _row(place, length)
+    row = _row(place, 0, length)
     for k in range(length):
         row[k] = np.float32(0)
 
 
 @njit
 def _scale(place: Any, length: Any, factor: Any) -> None:
-    row = _row(place, length)
+    row = _row(place, 0, length)
     for k in range(length):
         row[k] *= factor
 
@@ -287,7 +282,7 @@ def attend_back(parameters: Any) -> None:
 @njit
 def _block_back(parameters: Any, b: Any, g: Any, h: Any, mask: Any, first: Any, last: Any, memory: Any) -> None:
     """The way back of query rows `first` to `last` of head h."""
-    S, D, bits, scale = parameters[2], parameters[5], parameters[6], _row(parameters[7], 1)[0]
+    S, D, bits, scale = parameters[2], parameters[5], parameters[6], _row(parameters[7], 0, 1)[0]
     keys, values, p, grad, ranges = memory
     q, q_row, k, k_row = _place(parameters, 12, b, h), parameters[15], _place(parameters, 16, b, g), parameters[19]
     dy, dy_row, dq, dq_row = _place(parameters, 24, b, h), parameters[27], _place(parameters, 28, b, h), parameters[31]
@@ -300,7 +295,7 @@ def _block_back(parameters: Any, b: Any, g: Any, h: Any, mask: Any, first: Any, 
         _product(dy + i * dy_row * 4, dy_row, 1, values + start * 4, S, D, grad + at, S, stop - start, 0)
         for r in range(TILE):
             place = at + r * S * 4
-            _scores_back(_row(p + place, stop - start), _row(grad + place, stop - start), stop - start, scale)
+            _scores_back(_row(p + place, 0, stop - start), _row(grad + place, 0, stop - start), stop - start, scale)
             for rows in (p, grad):
                 _fill(rows + place - (start - low) * 4, start - low)
                 _fill(rows + place + (stop - start) * 4, high - stop)
@@ -316,4 +311,4 @@ def _block_back(parameters: Any, b: Any, g: Any, h: Any, mask: Any, first: Any, 
 @functools.cache
 def address(name: str) -> int:
     """The address of the compiled kernel `name`: compiled on first use, kept on disk for the next process."""
-    return compiled(globals()[name], cpu_kernels, stored_vectors, attention_kernel)
+    return compiled(globals()[name], cpu_kernels, stored_vectors, attention_kernel, fused_kernels)

@@ -81,7 +81,9 @@ def _launch(kernel: int, *parameters: int | Tensor) -> None:
 
 def _refuse_second_derivative() -> None:
     if torch.is_grad_enabled():
-        raise RuntimeError("fused norms and heads have no second derivative (create_graph=True); set run.fuse to false")
+        raise RuntimeError(
+            "fused norms and attention have no second derivative (create_graph=True); set run.fuse to false"
+        )
 
 
 # ---- norms -----------------------------------------------------------------------------------------------------------
